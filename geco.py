@@ -1,0 +1,79 @@
+"""GECO: train towards few edges, under the constraint that the loss stays below a target.
+
+    minimise the expected number of open edges, subject to CE <= tau
+
+The multiplier of the Lagrangian  edges + lam (CE - tau)  is not tuned but driven by the constraint
+(Rezende & Viola 2018, arXiv 1810.00597; section 3 of the paper):
+
+    C    = CE - tau                               above 0: the constraint is violated
+    Cbar <- decay Cbar + (1 - decay) C            moving average, started at the first C          (4)
+    lam  <- lam exp(rate Cbar)                    a sum in log space: lam stays positive          (5)
+
+Loss above tau: lam grows and the model mends itself. Loss below tau: lam shrinks and edges go.
+"""
+import math
+
+
+class Geco:
+    """The multiplier lam of one constraint CE <= tau.
+
+    tau        target of the cross-entropy, nats per token.
+    lam        start value, > 0. With edges given as a share in [0, 1], lam = 1 trades one nat for all edges.
+    rate       kappa in (5), per nat and step: how fast lam answers. Too fast: lam runs to the ends of its
+               range and CE swings around tau; too slow: lam lags behind edges that are already gone.
+    decay      alpha in (4): the average spans about 1 / (1 - decay) steps. Smooths noise, but delays too.
+    lam_range  lam is clamped to it, so that a long stay on one side of tau can be undone quickly.
+    gain       0 is pure GECO. Above 0 the multiplier in use is lam exp(gain Cbar): a proportional term beside
+               the integral (5), which damps its swing (PID Lagrangian, Stooke et al. 2020, arXiv 2007.03964).
+    """
+
+    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3), gain=0.0):
+        low, high = lam_range
+        for valid, message in (
+            (tau > 0, f"tau must be above 0 nats, got {tau}"),
+            (0 < low <= lam <= high, f"lam must lie in its range, 0 < {low} <= {lam} <= {high}"),
+            (rate > 0 and gain >= 0, f"rate must be above 0 and gain not below 0, got {rate} and {gain}"),
+            (0 <= decay < 1, f"decay must lie in [0, 1), got {decay}"),
+        ):
+            if not valid:
+                raise ValueError(message)
+        self.tau, self.rate, self.decay, self.lam_range, self.gain = tau, rate, decay, lam_range, gain
+        self.log_lam = math.log(lam)  # (5) is a sum here, and cannot overflow
+        self.average = 0.0            # Cbar, nats
+        self.steps = 0                # updates so far
+
+    @property
+    def lam(self):
+        """The multiplier that `objective` uses now: log it before `update`."""
+        return math.exp(self._clamp(self.log_lam + self.gain * self.average))
+
+    def _clamp(self, log_lam):
+        low, high = self.lam_range
+        return min(max(log_lam, math.log(low)), math.log(high))
+
+    def objective(self, edges, ce):
+        """The scalar to backpropagate: edges + lam C, with the value of Cbar but the gradient of C.
+
+        edges: differentiable expected edges (a share or a count); ce: differentiable cross-entropy, nats.
+        """
+        c = ce - self.tau
+        if self.steps > 0:
+            c = c + (self.average - c).detach()
+        return edges + self.lam * c
+
+    def update(self, ce):
+        """One step of (4) and (5). ce: the cross-entropy of the whole effective batch, a plain number."""
+        ce = float(ce)
+        if not math.isfinite(ce):
+            raise FloatingPointError(f"the cross-entropy is {ce} at step {self.steps}: lower the learning rate")
+        c = ce - self.tau
+        self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c
+        self.log_lam = self._clamp(self.log_lam + self.rate * self.average)
+        self.steps += 1
+
+    def state_dict(self):
+        """Plain numbers, for a checkpoint."""
+        return {"log_lam": self.log_lam, "average": self.average, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.log_lam, self.average, self.steps = state["log_lam"], state["average"], state["steps"]

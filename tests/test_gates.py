@@ -1,0 +1,201 @@
+"""gates.py against numpy, closed forms and finite differences."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gates import reference_sparse_attention, sample_gates, sparse_attention
+
+ATTENTIONS = [reference_sparse_attention, sparse_attention]
+OPEN = 100.0    # a gate bias at which sigmoid is 1 even in float64's last digits
+
+
+def qkv(B=2, H=3, T=7, D=4, dtype=torch.float64):
+    return [torch.randn(B, H, T, D, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+def sigmoid(x):
+    with np.errstate(over="ignore"):    # exp(inf): sigmoid(-inf) = 0
+        return 1 / (1 + np.exp(-x))
+
+
+def by_loops(q, k, v, b, causal, u=None):
+    """Section 3 of the paper, one edge at a time, in numpy. u: the uniform draws of the gates, if sampled."""
+    q, k, v = (t.detach().numpy() for t in (q, k, v))
+    B, H, T, D = q.shape
+    y, expected, active = np.zeros_like(v), np.zeros((B, H)), np.zeros((B, H))
+    for n in range(B):
+        for h in range(H):
+            edges = 0
+            for i in range(T):
+                keys = range(i + 1) if causal else range(T)
+                s = np.array([q[n, h, i] @ k[n, h, j] / math.sqrt(D) for j in keys])
+                weights = np.exp(s) / np.exp(s).sum()
+                for j in keys:
+                    p = sigmoid(s[j] + b)
+                    is_open = s[j] + b > 0 if u is None else u[n, h, i, j] > 1 - p
+                    y[n, h, i] += is_open * weights[j] * v[n, h, j]
+                    expected[n, h] += p
+                    active[n, h] += is_open
+                    edges += 1
+            expected[n, h] /= edges
+            active[n, h] /= edges
+    return y, expected, active
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sample", [True, False])
+def test_attention_is_the_definition(attention, causal, sample):
+    q, k, v = qkv()
+    torch.manual_seed(1)
+    u = torch.rand(2, 3, 7, 7, dtype=torch.float64).numpy() if sample else None
+    torch.manual_seed(1)
+    out = attention(q, k, v, 0.3, causal, sample)
+    for ours, loops in zip(out, by_loops(q, k, v, 0.3, causal, u)):
+        np.testing.assert_allclose(ours.detach().numpy(), loops, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_expected_edges_by_hand(attention):
+    """T = 3, one head of size 1: q = (1, 2, 3), k = (1, 0, -1), b = 0.5 gives six scores one can multiply out."""
+    q = torch.tensor([1.0, 2, 3]).view(1, 1, 3, 1)
+    k = torch.tensor([1.0, 0, -1]).view(1, 1, 3, 1)
+    _, expected, active = attention(q, k, k, 0.5)
+    scores = [1, 2, 0, 3, 0, -3]    # s_11, s_21, s_22, s_31, s_32, s_33
+    assert expected.item() == pytest.approx(sum(sigmoid(s + 0.5) for s in scores) / 6)
+    assert active.item() == pytest.approx(5 / 6)    # only s_33 + b = -2.5 is below 0
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_all_gates_open_is_softmax_attention(attention, sample, causal):
+    q, k, v = qkv()
+    weights = torch.randn_like(v)
+    y, expected, active = attention(q, k, v, OPEN, causal, sample)
+    ours = torch.autograd.grad((y * weights).sum(), (q, k, v))
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    theirs = torch.autograd.grad((dense * weights).sum(), (q, k, v))
+    torch.testing.assert_close(y, dense, atol=1e-6, rtol=0)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert active.eq(1).all() and expected.sub(1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("sample", [True, False])
+def test_nothing_crosses_the_causal_mask(attention, sample):
+    q, k, v = qkv(B=1, H=1)
+    for i in range(7):
+        torch.manual_seed(i)
+        y, _, _ = attention(q, k, v, 5.0, True, sample)    # nearly all open
+        grads = torch.autograd.grad(y[0, 0, i].sum(), (q, k, v))
+        for grad in grads:
+            assert grad[:, :, i + 1:].eq(0).all()
+        assert grads[2][:, :, :i + 1].ne(0).any()
+        later_k, later_v = k.detach().clone(), v.detach().clone()
+        later_k[:, :, i + 1:] += 3
+        later_v[:, :, i + 1:] -= 3
+        torch.manual_seed(i)
+        changed = attention(q, later_k, later_v, 5.0, True, sample)[0]
+        assert torch.equal(changed[:, :, :i + 1], y[:, :, :i + 1])
+
+
+def test_gates_are_bits_drawn_with_probability_sigmoid():
+    logits = torch.linspace(-4, 4, 9)
+    draws = 20_000
+    gates = sample_gates(logits.expand(draws, 9), sample=True)
+    assert set(gates.unique().tolist()) == {0.0, 1.0}
+    p = torch.sigmoid(logits)
+    standard_error = (p * (1 - p) / draws).sqrt()
+    assert ((gates.mean(0) - p).abs() < 4 * standard_error).all()
+
+
+def test_without_sampling_a_gate_is_open_above_zero():
+    logits = torch.tensor([-math.inf, -1e-3, 0.0, 1e-3, 5.0], requires_grad=True)
+    gates = sample_gates(logits, sample=False)
+    assert gates.tolist() == [0, 0, 0, 1, 1]
+    gates.sum().backward()
+    np.testing.assert_allclose(logits.grad, [sigmoid(x) * sigmoid(-x) for x in (-1e9, -1e-3, 0, 1e-3, 5)], rtol=1e-5)
+
+
+def test_straight_through_gradient_is_its_closed_form_at_the_drawn_noise():
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(50, dtype=torch.float64)
+    torch.manual_seed(3)
+    u = torch.rand(50, dtype=torch.float64).numpy()
+    torch.manual_seed(3)
+    (sample_gates(logits, sample=True) * upstream).sum().backward()
+    p = sigmoid(logits.detach().numpy() + np.log(u) - np.log1p(-u))
+    np.testing.assert_allclose(logits.grad, upstream.numpy() * p * (1 - p), rtol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("sample", [True, False])
+def test_layer_gradient_is_that_of_its_smooth_surrogate(attention, sample):
+    """Straight-through means: differentiate as if the gate were A0 + sigmoid(g + n) - sigmoid(g0 + n0), with A0,
+    g0, n0 those of the forward pass. That surrogate is smooth, so finite differences can check autograd."""
+    q, k, v = qkv(B=1, H=1, T=5)
+    wy, we, b = torch.randn(1, 1, 5, 4, dtype=torch.float64).numpy(), 0.7, 0.2
+    torch.manual_seed(4)
+    noise = torch.logit(torch.rand(1, 1, 5, 5, dtype=torch.float64)).numpy()[0, 0] if sample else np.zeros((5, 5))
+    torch.manual_seed(4)
+    y, expected, _ = attention(q, k, v, b, True, sample)
+    (y * torch.from_numpy(wy)).sum().add(we * expected.sum()).backward()
+
+    def gate_logits(q, k):
+        return np.where(np.tri(5) > 0, q @ k.T / 2 + b, -np.inf)    # sqrt(D) = 2
+
+    start = [t.detach().numpy()[0, 0].copy() for t in (q, k, v)]
+    g0 = gate_logits(*start[:2])
+
+    def surrogate(q, k, v):
+        g = gate_logits(q, k)
+        weights = np.exp(g) / np.exp(g).sum(1, keepdims=True)
+        gates = (g0 + noise > 0) + sigmoid(g + noise) - sigmoid(g0 + noise)
+        return (wy[0, 0] * ((gates * weights) @ v)).sum() + we * sigmoid(g).sum() / 15
+
+    eps = 1e-5
+    for n, tensor in enumerate((q, k, v)):
+        for at in np.ndindex(5, 4):
+            plus, minus = [t.copy() for t in start], [t.copy() for t in start]
+            plus[n][at] += eps
+            minus[n][at] -= eps
+            slope = (surrogate(*plus) - surrogate(*minus)) / (2 * eps)
+            assert tensor.grad[0, 0][at].item() == pytest.approx(slope, abs=1e-8)
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0])
+def test_extreme_draws_stay_finite(monkeypatch, u):
+    monkeypatch.setattr(torch, "rand_like", lambda x, **kw: torch.full_like(x, u, **kw))
+    logits = torch.tensor([-math.inf, -1e4, -1.0, 0.0, 1.0, 1e4], requires_grad=True)
+    gates = sample_gates(logits, sample=True)
+    gates.sum().backward()
+    assert gates.tolist() == ([0, 0, 0, 0, 0, 1] if u == 0 else [0, 0, 1, 1, 1, 1])
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e19])
+def test_huge_scores_stay_finite(attention, scale):
+    """At 1e19 scores overflow to inf or -inf only after the division by sqrt(D): softmax must survive the rest."""
+    q, k, v = ((t * s).detach().requires_grad_() for t, s in zip(qkv(dtype=torch.float32), (scale, 1.0, 1.0)))
+    y, expected, active = attention(q, k, v, 1.0, True, True)
+    (y.sum() + expected.sum()).backward()
+    for t in (y, expected, active, q.grad, k.grad, v.grad):
+        assert t.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_bfloat16_autocast_keeps_scores_and_gates_in_float32(attention):
+    q, k, v = (t.detach().bfloat16() for t in qkv(T=64, D=16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected, active = attention(q, k, v, 0.5)
+    exact = reference_sparse_attention(q.double(), k.double(), v.double(), 0.5)
+    assert y.dtype == torch.bfloat16 and expected.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact[0], atol=1e-2, rtol=1e-2)          # rounding of the output alone
+    torch.testing.assert_close(expected.double(), exact[1], atol=1e-6, rtol=0)     # bfloat16 scores: 1e-3 off
+    torch.testing.assert_close(active.double(), exact[2], atol=1e-6, rtol=0)       # one flipped edge: 5e-4
