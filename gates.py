@@ -15,7 +15,7 @@ import math
 
 import torch
 
-OPEN_UNIT = 2**-24  # float32 uniforms are multiples of this: clamping to it moves only an exact 0 or 1
+U_MIN = 2**-24    # keeps u inside (0, 1), where logit(u) is finite; torch's float32 draws are multiples of it
 
 
 def sample_gates(logits, sample):
@@ -26,12 +26,12 @@ def sample_gates(logits, sample):
     Returns exact 0s and 1s, shaped like logits, whose gradient is that of sigmoid(g + n) where the noise
     n = logit(u), u ~ U(0, 1), is 0 without sampling. P(g + n > 0) = sigmoid(g): the Bernoulli draw of (2).
 
-    Like dropout, the draw takes torch's global generator. Nothing else in this project does, so
-    `torch.manual_seed` is the seed of the gates.
+    Like dropout, the draw takes torch's global generator. Data order and initial weights have generators of
+    their own here, so `torch.manual_seed` just before training is the seed of the gates.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sample:
-        u = torch.rand_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-        logits = logits + torch.logit(u, eps=OPEN_UNIT)
+        logits = logits + torch.logit(torch.rand_like(logits), eps=U_MIN)
     soft = torch.sigmoid(logits)
     hard = (logits > 0).to(soft.dtype)
     return hard + (soft - soft.detach())  # the bracket is exactly 0: value of hard, gradient of soft
@@ -55,7 +55,7 @@ def reference_sparse_attention(q, k, v, gate_bias, causal=True, sample=False):
     with torch.autocast(q.device.type, enabled=False):
         scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) / math.sqrt(D)          # (B,H,T,T)  (1)
         scores = scores.masked_fill(~allowed, -math.inf)
-        gate_logits = scores + gate_bias
+        gate_logits = (scores + gate_bias).masked_fill(~allowed, -math.inf)          # closed, even for b = inf
         gates = sample_gates(gate_logits, sample)                                    # (B,H,T,T)  (2)
         y = (gates * torch.softmax(scores, dim=-1)) @ v.to(dtype)                    # (B,H,T,D)  (3)
         expected = torch.sigmoid(gate_logits).sum((-2, -1)) / allowed.sum()          # (B,H)

@@ -25,19 +25,24 @@ class Geco:
     lam_range  lam is clamped to it, so that a long stay on one side of tau can be undone quickly.
     gain       0 is pure GECO. Above 0 the multiplier in use is lam exp(gain Cbar): a proportional term beside
                the integral (5), which damps its swing (PID Lagrangian, Stooke et al. 2020, arXiv 2007.03964).
+    clip       C is cut to at most this before (4). CE cannot fall further than tau below tau but can spike far
+               above: clip = tau weighs both sides alike, so that one spike does not undo a long descent.
     """
 
-    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3), gain=0.0):
+    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3), gain=0.0,
+                 clip=math.inf):
         low, high = lam_range
         for valid, message in (
             (tau > 0, f"tau must be above 0 nats, got {tau}"),
             (0 < low <= lam <= high, f"lam must lie in its range, 0 < {low} <= {lam} <= {high}"),
             (rate > 0 and gain >= 0, f"rate must be above 0 and gain not below 0, got {rate} and {gain}"),
             (0 <= decay < 1, f"decay must lie in [0, 1), got {decay}"),
+            (clip > 0, f"clip must be above 0, got {clip}"),
         ):
             if not valid:
                 raise ValueError(message)
-        self.tau, self.rate, self.decay, self.lam_range, self.gain = tau, rate, decay, lam_range, gain
+        self.tau, self.rate, self.decay, self.lam_range = tau, rate, decay, lam_range
+        self.gain, self.clip = gain, clip
         self.log_lam = math.log(lam)  # (5) is a sum here, and cannot overflow
         self.average = 0.0            # Cbar, nats
         self.steps = 0                # updates so far
@@ -45,7 +50,8 @@ class Geco:
     @property
     def lam(self):
         """The multiplier that `objective` uses now: log it before `update`."""
-        return math.exp(self._clamp(self.log_lam + self.gain * self.average))
+        low, high = self.lam_range
+        return min(max(math.exp(self._clamp(self.log_lam + self.gain * self.average)), low), high)
 
     def _clamp(self, log_lam):
         low, high = self.lam_range
@@ -66,7 +72,7 @@ class Geco:
         ce = float(ce)
         if not math.isfinite(ce):
             raise FloatingPointError(f"the cross-entropy is {ce} at step {self.steps}: lower the learning rate")
-        c = ce - self.tau
+        c = min(ce - self.tau, self.clip)
         self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c
         self.log_lam = self._clamp(self.log_lam + self.rate * self.average)
         self.steps += 1

@@ -1,15 +1,16 @@
 """GPT-2 in one file, with a binary gate on every attention edge if asked for (config.gated).
 
-Read it bottom-up: attention, MLP, block, config, GPT; then how weights get in and out of files.
+Read it bottom-up: config, attention, MLP, block, GPT; then how weights get in and out of files.
 GPT-2 exactly: LayerNorm first, learned positions, biases, tanh-GELU, tied head, and GPT-2's own parameter
 names, so that pretrained weights load by name. Gates behave like dropout: `model.train()` samples them,
 `model.eval()` takes A = [g > 0].
 
-    model = GPT.from_pretrained("gpt2", gated=True)
+    model = GPT.from_pretrained("gpt2", gated=True)      # in eval mode
     out = model(idx)              # out.logits (B,T,V), out.expected_edges (L,H), out.active_edges (L,H)
 
 Shapes: B batch, T positions, C width, H heads, D = C/H head size, L layers, V vocabulary.
 """
+import argparse
 import dataclasses
 import http.client
 import json
@@ -17,6 +18,8 @@ import math
 import os
 import pickle
 import re
+import struct
+import tempfile
 from typing import NamedTuple, Optional
 
 import torch
@@ -27,7 +30,7 @@ from gates import sparse_attention
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: its message says what is wrong and what to do, in two lines."""
+    """A mistake that the user can mend: its message says in two lines what is wrong and what to do."""
 
 
 @dataclasses.dataclass
@@ -66,7 +69,8 @@ class SelfAttention(nn.Module):
         if self.config.gated:
             return sparse_attention(q, k, v, self.config.gate_bias, self.config.causal, sample=self.training)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)
-        return y, q.new_ones(q.shape[:2]), q.new_ones(q.shape[:2])
+        ones = torch.ones(q.shape[:2], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        return y, ones, ones
 
     def forward(self, x):
         y, expected, active = self.attend(*self.heads(x))            # (B,H,T,D), (B,H), (B,H)
@@ -138,22 +142,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, idx):
-        """Weight of every edge (L,B,H,T,T), A * softmax: exact 0 where a gate is closed.
+        """Weight of every edge (L,B,H,T,T), A * softmax: an exact 0 where a gate is closed.
 
-        Attention applied to one-hot values returns its own weights, so no second definition is needed.
+        Attention applied to one-hot values returns its own weights, so no second definition is needed. Call
+        `model.eval()` first, or the gates are drawn anew.
         """
-        maps, onehot = [], torch.eye(idx.shape[1], device=idx.device)
-
-        def record(attn, inputs, output):
-            q, k, _ = attn.heads(inputs[0])                          # (B,H,T,D)
-            maps.append(attn.attend(q, k, onehot.to(q.dtype).expand(*q.shape[:2], -1, -1))[0])
-
-        hooks = [block.attn.register_forward_hook(record) for block in self.h]
-        try:
-            self(idx)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        maps, x = [], self.wte(idx) + self.wpe.weight[:idx.shape[1]]                 # (B,T,C)
+        for block in self.h:
+            q, k, v = block.attn.heads(block.ln_1(x))                                # (B,H,T,D)
+            onehot = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+            maps.append(block.attn.attend(q, k, onehot)[0])                          # (B,H,T,T)
+            x = block(x)[0]
         return torch.stack(maps)
 
     @torch.no_grad()
@@ -165,7 +164,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)                # (B,1)
             else:
-                if top_k is not None:
+                if top_k:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 probs = torch.softmax(logits / temperature, dim=-1)
@@ -175,7 +174,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **config_overrides):
-        """A model with trained weights, on the CPU, in float32.
+        """A model with trained weights, on the CPU, in float32, in eval mode.
 
         name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once); a folder or file in Hugging
         Face's GPT-2 layout (safetensors or pytorch_model.bin, also sharded); or a checkpoint of ours.
@@ -188,9 +187,10 @@ class GPT(nn.Module):
         else:
             tensors = from_gpt2_layout(tensors, path)
             fields = infer_config(tensors, meta, path, config_overrides.get("n_head"))
-        unknown = set(config_overrides) - {f.name for f in dataclasses.fields(GPTConfig)}
+        unknown = {**fields, **config_overrides}.keys() - GPTConfig.__dataclass_fields__.keys()
         if unknown:
-            raise UserError(f"GPTConfig has no field {', '.join(sorted(unknown))}")
+            raise UserError(f"{path}: GPTConfig has no field {', '.join(sorted(unknown))}\n"
+                            f"it has {', '.join(GPTConfig.__dataclass_fields__)}")
         config = GPTConfig(**{**fields, **config_overrides})
         tensors = {name: t.float() for name, t in tensors.items()}
         if config.block_size < fields["block_size"] and "wpe.weight" in tensors:
@@ -199,20 +199,20 @@ class GPT(nn.Module):
             model = cls(config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
-        problems = ([f"{name} is missing" for name in expected if name not in found]
-                    + [f"{name} is not a GPT-2 tensor" for name in found if name not in expected]
-                    + [f"{name} has shape {found[name]} instead of {shape}"
-                       for name, shape in expected.items() if found.get(name, shape) != shape])
+        problems = [f"{name} is missing" if name not in found else
+                    f"{name} is not a GPT-2 tensor" if name not in expected else
+                    f"{name} has shape {found[name]} instead of {expected[name]}"
+                    for name in {**expected, **found} if found.get(name) != expected.get(name)]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(f"{path} does not fit this GPT: {'; '.join(problems[:3])}{more}\n"
                             f"expected a GPT-2 of {config}")
         model.load_state_dict(tensors, assign=True)
-        return model
+        return model.eval()
 
 
-# ---- Files. Everything read here becomes (tensors by name, metadata): metadata is Hugging Face's config.json,
-# or, for a checkpoint of ours, the rest of the checkpoint.
+# ---- Files. What is read becomes (tensors by name, metadata); the metadata is the rest of a checkpoint of ours,
+# or Hugging Face's config.json under the key "config.json".
 
 def save_checkpoint(model, path, **extra):
     """Write {"config", "model", **extra} to path, all at once or not at all.
@@ -220,13 +220,34 @@ def save_checkpoint(model, path, **extra):
     extra: tensors and plain values only, so that `torch.load(path, weights_only=True)` reads it.
     """
     temporary = f"{path}.tmp"
-    torch.save({"config": dataclasses.asdict(model.config), "model": model.state_dict(), **extra}, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save({**extra, "config": dataclasses.asdict(model.config), "model": model.state_dict()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
-def load_checkpoint(path, **config_overrides):
-    """The model that `save_checkpoint` wrote, on the CPU. What else it holds: torch.load(weights_only=True)."""
-    return GPT.from_pretrained(path, **config_overrides)
+load_checkpoint = GPT.from_pretrained    # a checkpoint of ours is one more layout that it reads
+
+
+def make_folder(path):
+    """Create the output folder, or say at once, before hours of training, that nothing can be written there."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}\npass another folder with --out") from error
+
+
+def between(kind, low, high):
+    """A type for argparse: an int or float from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:    # not so for nan either
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__    # argparse names it where the text is no number at all
+    return parse
 
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
@@ -250,6 +271,15 @@ def download(name):
     return path
 
 
+BAD_PICKLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, TypeError,
+              AttributeError, AssertionError, struct.error)    # all seen from torch.load on damaged files
+REQUIRED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}
+
+
+def first_line(error):
+    return str(error).partition("\n")[0][:160]
+
+
 def read_weights(path):
     """A folder, a single file or the index of a sharded one -> (tensors by name, metadata)."""
     if os.path.isdir(path):
@@ -259,7 +289,7 @@ def read_weights(path):
             raise UserError(f"no weights in the folder {path}\nexpected one of {', '.join(names)}")
         path = files[0]
     if not os.path.exists(path):
-        raise UserError(f"no such file or folder: {path}\nexpected one of {', '.join(GPT2_SHA256)}, or a path")
+        raise UserError(f"no such file or folder: {path}\nexpected a path, or one of {', '.join(GPT2_SHA256)}")
     config = os.path.join(os.path.dirname(path), "config.json")
     meta = {"config.json": read_json(config)} if os.path.exists(config) else {}
     if path.endswith(".index.json"):
@@ -271,11 +301,13 @@ def read_weights(path):
         return read_safetensors(path), meta
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path} is no checkpoint, or is truncated: delete it and get it again\n"
-                        f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}") from error
+    except BAD_PICKLE as error:
+        raise UserError(f"{path} is truncated, or holds more than tensors and plain values\n"
+                        f"{type(error).__name__}: {first_line(error)}") from error
     if isinstance(tensors, dict) and {"config", "model"} <= tensors.keys():
-        return tensors.pop("model"), tensors
+        tensors, meta = tensors.pop("model"), tensors
+        if not isinstance(meta["config"], dict) or not REQUIRED <= meta["config"].keys():
+            raise UserError(f"{path} is the checkpoint of another program\nexpected one of ours, or a state dict")
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise UserError(f"{path} holds no tensors by name\nexpected a state dict or a checkpoint of ours")
     return tensors, meta
@@ -285,8 +317,10 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError("expected a JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}\n{error}") from error
+        raise UserError(f"cannot read {path}\n{first_line(error)}") from error
     return content
 
 
@@ -296,10 +330,9 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 
 def read_safetensors(path):
     """The format: header length (8 bytes, little-endian), header (JSON), then the raw data of all tensors."""
-    with open(path, "rb") as file:
-        size = os.path.getsize(path)
-        length = int.from_bytes(file.read(8), "little")
-        try:
+    try:
+        with open(path, "rb") as file:
+            size, length = os.path.getsize(path), int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"its header would be {length} bytes long, the file is {size}")
             header = json.loads(file.read(length))
@@ -309,12 +342,14 @@ def read_safetensors(path):
                 begin, end = entry["data_offsets"]
                 if 8 + length + end > size:
                     raise ValueError(f"{name} would end at byte {8 + length + end}, the file at {size}")
+                if entry["dtype"] not in SAFETENSORS_DTYPES:
+                    raise ValueError(f"{name} has the unsupported type {entry['dtype']}")
                 file.seek(8 + length + begin)
                 raw = bytearray(file.read(end - begin))    # a copy: the file's offsets are not aligned
                 tensors[name] = torch.frombuffer(raw, dtype=SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
-        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path} is no safetensors file, or is truncated: delete it and get it again\n"
-                            f"{error}") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is truncated, or no safetensors file that can be read here\n"
+                        f"{first_line(error)}") from error
     return tensors
 
 
@@ -345,4 +380,4 @@ def infer_config(tensors, meta, path, n_head=None):
     n_head = n_head or hf.get("n_head") or (C // 64 if C % 64 == 0 else None)
     if n_head is None:
         raise UserError(f"{path}: the number of heads is unknown (width {C}, no config.json)\npass n_head=...")
-    return dict(block_size=T, vocab_size=V, n_layer=max(layers, default=-1) + 1, n_head=n_head, n_embd=C)
+    return dict(block_size=T, vocab_size=V, n_layer=max(max(layers, default=-1) + 1, hf.get("n_layer", 0)), n_head=n_head, n_embd=C)

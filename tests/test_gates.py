@@ -181,12 +181,31 @@ def test_extreme_draws_stay_finite(monkeypatch, u):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e19])
 def test_huge_scores_stay_finite(attention, scale):
-    """At 1e19 scores overflow to inf or -inf only after the division by sqrt(D): softmax must survive the rest."""
+    """Scores of +-1e19 stay finite in softmax, sigmoid and their gradients."""
     q, k, v = ((t * s).detach().requires_grad_() for t, s in zip(qkv(dtype=torch.float32), (scale, 1.0, 1.0)))
     y, expected, active = attention(q, k, v, 1.0, True, True)
     (y.sum() + expected.sum()).backward()
     for t in (y, expected, active, q.grad, k.grad, v.grad):
         assert t.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("sample", [True, False])
+def test_an_infinite_bias_opens_every_allowed_gate(attention, sample):
+    y, expected, active = attention(*qkv(), math.inf, True, sample)
+    assert y.isfinite().all() and expected.eq(1).all() and active.eq(1).all()
+
+
+def test_rare_gates_open_as_rarely_as_they_should():
+    """logit -9: one in 8,100. A clamp of the uniform draws that is too coarse would never open it, or too often."""
+    share = sample_gates(torch.full((4_000_000,), -9.0), sample=True).mean().item()
+    p = sigmoid(-9.0)
+    assert abs(share - p) < 4 * math.sqrt(p / 4_000_000)
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_bfloat16_logits_give_float32_gates(sample):
+    assert sample_gates(torch.randn(9, dtype=torch.bfloat16), sample).dtype == torch.float32
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

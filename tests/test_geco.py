@@ -48,6 +48,10 @@ def test_lambda_stays_in_its_range_and_comes_back_at_once():
     for _ in range(100):
         geco.update(0.0)
     assert geco.lam == pytest.approx(0.1)
+    for ce, gain in ((1e3, 5.0), (0.0, 50.0)):
+        geco = Geco(tau=1.0, rate=1.0, lam_range=(0.1, 3.0), gain=gain)
+        geco.update(ce)
+        assert 0.1 <= geco.lam <= 3.0
 
 
 def test_gain_multiplies_lambda_and_zero_is_pure_geco():
@@ -58,10 +62,21 @@ def test_gain_multiplies_lambda_and_zero_is_pure_geco():
         assert proportional.lam == pytest.approx(pure.lam * math.exp(2.0 * pure.average))
 
 
+def test_clip_bounds_what_a_spike_does_and_nothing_else():
+    free, clipped = (Geco(tau=1.0, rate=0.1, decay=0.0, clip=clip) for clip in (math.inf, 0.5))
+    for ce in (0.2, 1.4):
+        free.update(ce)
+        clipped.update(ce)
+        assert clipped.lam == free.lam
+    before = clipped.lam
+    clipped.update(9.0)
+    assert clipped.lam == pytest.approx(before * math.exp(0.1 * 0.5))
+
+
 def test_objective_has_the_value_of_the_average_and_the_gradient_of_the_loss():
     geco = Geco(tau=1.0, lam=2.0, decay=0.5)
+    assert geco.objective(torch.tensor(0.25), torch.tensor(1.5)).item() == 0.25 + 2.0 * 0.5    # no average yet
     geco.update(3.0)
-    geco.lam_range = (1e-9, 1e9)
     lam = geco.lam
     edges, ce = torch.tensor(0.25, requires_grad=True), torch.tensor(1.5, requires_grad=True)
     loss = geco.objective(edges, ce)
@@ -117,6 +132,8 @@ def test_a_loss_that_is_no_number_says_at_which_step(ce):
     (dict(tau=1.0, lam=5.0, lam_range=(0.1, 1.0)), "lam must lie in its range"),
     (dict(tau=1.0, rate=0.0), "rate must be above 0"),
     (dict(tau=1.0, decay=1.0), "decay must lie in"),
+    (dict(tau=1.0, gain=-1.0), "gain not below 0"),
+    (dict(tau=1.0, clip=0.0), "clip must be above 0"),
 ])
 def test_impossible_constants_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):

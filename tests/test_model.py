@@ -168,6 +168,25 @@ def test_all_gates_open_is_the_dense_model(causal, training):
         torch.testing.assert_close(b.grad, a.grad, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_expected_edges_are_sums_of_sigmoids_and_differentiable(training):
+    gated = pair()[1].train(training)
+    gated.config.gate_bias = 0.3
+    seen = []
+    for block in gated.h:
+        block.attn.c_attn.register_forward_hook(lambda module, args, out: seen.append(out.detach().numpy()))
+    out = gated(torch.randint(31, (4, 12)))
+    for layer, qkv in enumerate(seen):
+        for head in range(3):
+            q, k = (qkv[..., start:start + 8] for start in (8 * head, 24 + 8 * head))
+            p = 1 / (1 + np.exp(-(q @ k.transpose(0, 2, 1) / math.sqrt(8) + 0.3)))
+            by_hand = (p * np.tri(12)).sum((1, 2)).mean() / 78
+            assert out.expected_edges[layer, head].item() == pytest.approx(by_hand, rel=1e-9)
+    out.expected_edges.sum().backward()
+    assert all(block.attn.c_attn.weight.grad.abs().max() > 0 for block in gated.h)
+    assert not out.active_edges.requires_grad
+
+
 def test_gates_behave_like_dropout():
     gated = GPT(GPTConfig(**TINY, gated=True, gate_bias=0.0))
     idx = torch.randint(31, (2, 12))
@@ -197,7 +216,6 @@ def test_attention_maps_are_what_the_layers_use(gated):
         v = layer_qkv[..., 48:].view(2, 12, 3, 8)
         torch.testing.assert_close(torch.einsum("bhij,bjhd->bihd", A, v).flatten(2), layer_mixed)
     torch.testing.assert_close((maps > 0).double().sum((3, 4)).mean(1) / 78, out.active_edges)
-    assert all(not block.attn._forward_hooks for block in gpt.h)
     if not gated:
         torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 3, 12).double())
 
@@ -215,6 +233,10 @@ def test_generate_is_greedy_or_drawn_from_the_top_k():
     p = torch.softmax(logits.topk(3).values, 0)
     share = torch.stack([(draws == t).float().mean() for t in logits.topk(3).indices])
     assert ((share - p).abs() <= 4 * (p * (1 - p) / 4000).sqrt()).all()
+    draws = gpt.generate(idx.expand(4000, -1), 1, temperature=0.5, generator=torch.Generator().manual_seed(0))[:, -1]
+    p = torch.softmax(2 * logits, 0)
+    share = torch.bincount(draws, minlength=31) / 4000
+    assert ((share - p).abs() <= 4 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
 
 
 def test_checkpoints_round_trip(tmp_path):
@@ -227,7 +249,36 @@ def test_checkpoints_round_trip(tmp_path):
     assert again.config == gated.config
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), gated.state_dict().values()))
     assert load_checkpoint(path, gated=False).config.gated is False
+    assert not again.training
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "model.pt"
+    save_checkpoint(pair()[0], path)
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(pair()[1], path, extra=lambda: None)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.float16, "F16"), (torch.bfloat16, "BF16"), (torch.float64, "F64")])
+def test_safetensors_of_other_precisions(tmp_path, dtype, name):
+    weights = {n: torch.from_numpy(a).to(dtype) for n, a in gpt2_weights().items()}
+    header, data = {}, b""
+    for n, tensor in weights.items():
+        raw = bytes(tensor.view(torch.uint8).flatten().tolist())
+        header[n] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    gpt = GPT.from_pretrained(tmp_path, n_head=3)
+    assert torch.equal(gpt.wte.weight, weights["wte.weight"].float())
+    assert torch.equal(gpt.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"].float().t())
+    header["wte.weight"]["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    refused("wte.weight has the unsupported type F8_E4M3", GPT.from_pretrained, tmp_path)
 
 
 def test_a_smaller_block_size_crops_the_positions(tmp_path):
@@ -265,6 +316,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     refused("wpe.weight has shape .12, 24. instead of .13, 24.", load, tmp_path, weights, block_size=13)
     refused("GPTConfig has no field gate_biass", load, tmp_path, weights, gate_biass=1)
     refused("n_embd=24 is not a multiple of n_head=5", load, tmp_path, weights, n_head=5)
+    refused("h.1.ln_1.weight is missing", load, tmp_path, {n: a for n, a in weights.items() if "h.1." not in n})
     refused("activation_function=relu", load, tmp_path, weights, {**CONFIG_JSON, "activation_function": "relu"})
     refused("the number of heads is unknown", load, tmp_path, weights, {})
 
@@ -277,19 +329,22 @@ def test_truncated_and_foreign_files(tmp_path):
         for content in (whole[:-100], whole[:200], whole[:5], b"", b"hello, I am no checkpoint at all", b"\xff" * 64):
             (tmp_path / "cut").mkdir(exist_ok=True)
             (tmp_path / "cut" / name).write_bytes(content)
-            refused("is truncated", GPT.from_pretrained, tmp_path / "cut" / name)
+            refused("is truncated, or", GPT.from_pretrained, tmp_path / "cut" / name)
     torch.save([1, 2], tmp_path / "list.bin")
     refused("holds no tensors by name", GPT.from_pretrained, tmp_path / "list.bin")
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
-    refused("is no safetensors file", GPT.from_pretrained, tmp_path / "model.safetensors")
-    (tmp_path / "broken.index.json").write_text("{")
-    refused("cannot read .*broken.index.json", GPT.from_pretrained, tmp_path / "broken.index.json")
+    refused("no safetensors file", GPT.from_pretrained, tmp_path / "model.safetensors")
+    for text in ("{", "[]"):
+        (tmp_path / "broken.index.json").write_text(text)
+        refused("cannot read .*broken.index.json", GPT.from_pretrained, tmp_path / "broken.index.json")
+    torch.save({"model": {"w": torch.ones(2)}, "config": {"out_dir": "out"}}, tmp_path / "other.pt")
+    refused("is the checkpoint of another program", GPT.from_pretrained, tmp_path / "other.pt")
     (tmp_path / "gone.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "shard-7.safetensors"}}))
     refused("no such file or folder: .*shard-7.safetensors", GPT.from_pretrained, tmp_path / "gone.index.json")
 
 
 def test_missing_paths(tmp_path):
-    refused("no such file or folder: gpt3\nexpected one of gpt2, gpt2-medium", GPT.from_pretrained, "gpt3")
+    refused("no such file or folder: gpt3\nexpected a path, or one of gpt2, gpt2-medium", GPT.from_pretrained, "gpt3")
     refused("no weights in the folder", GPT.from_pretrained, tmp_path)
 
 
