@@ -9,6 +9,7 @@ The multiplier of the Lagrangian  edges + lam (CE - tau)  is not tuned but drive
     Cbar <- decay Cbar + (1 - decay) C            moving average, started at the first C          (4)
     lam  <- lam exp(rate Cbar)                    a sum in log space: lam stays positive          (5)
 
+(The numbers go on from gates.py; the README has them all beside each other.)
 Loss above tau: lam grows and the model mends itself. Loss below tau: lam shrinks and edges go.
 """
 import math
@@ -25,24 +26,19 @@ class Geco:
     lam_range  lam is clamped to it, so that a long stay on one side of tau can be undone quickly.
     gain       0 is pure GECO. Above 0 the multiplier in use is lam exp(gain Cbar): a proportional term beside
                the integral (5), which damps its swing (PID Lagrangian, Stooke et al. 2020, arXiv 2007.03964).
-    clip       C is cut to at most this before (4). CE cannot fall further than tau below tau but can spike far
-               above: clip = tau weighs both sides alike, so that one spike does not undo a long descent.
     """
 
-    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3), gain=0.0,
-                 clip=math.inf):
+    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3), gain=0.0):
         low, high = lam_range
         for valid, message in (
             (tau > 0, f"tau must be above 0 nats, got {tau}"),
             (0 < low <= lam <= high, f"lam must lie in its range, 0 < {low} <= {lam} <= {high}"),
             (rate > 0 and gain >= 0, f"rate must be above 0 and gain not below 0, got {rate} and {gain}"),
             (0 <= decay < 1, f"decay must lie in [0, 1), got {decay}"),
-            (clip > 0, f"clip must be above 0, got {clip}"),
         ):
             if not valid:
                 raise ValueError(message)
-        self.tau, self.rate, self.decay, self.lam_range = tau, rate, decay, lam_range
-        self.gain, self.clip = gain, clip
+        self.tau, self.rate, self.decay, self.lam_range, self.gain = tau, rate, decay, lam_range, gain
         self.log_lam = math.log(lam)  # (5) is a sum here, and cannot overflow
         self.average = 0.0            # Cbar, nats
         self.steps = 0                # updates so far
@@ -58,7 +54,7 @@ class Geco:
         return min(max(log_lam, math.log(low)), math.log(high))
 
     def objective(self, edges, ce):
-        """The scalar to backpropagate: edges + lam C, with the value of Cbar but the gradient of C.
+        """The scalar to backpropagate: edges + lam C, with the value of Cbar (so far) but the gradient of C.
 
         edges: differentiable expected edges (a share or a count); ce: differentiable cross-entropy, nats.
         """
@@ -72,9 +68,9 @@ class Geco:
         ce = float(ce)
         if not math.isfinite(ce):
             raise FloatingPointError(f"the cross-entropy is {ce} at step {self.steps}: lower the learning rate")
-        c = min(ce - self.tau, self.clip)
-        self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c
-        self.log_lam = self._clamp(self.log_lam + self.rate * self.average)
+        c = ce - self.tau
+        self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c    # (4)
+        self.log_lam = self._clamp(self.log_lam + self.rate * self.average)                  # (5)
         self.steps += 1
 
     def state_dict(self):

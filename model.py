@@ -211,8 +211,8 @@ class GPT(nn.Module):
         return model.eval()
 
 
-# ---- Files. What is read becomes (tensors by name, metadata); the metadata is the rest of a checkpoint of ours,
-# or Hugging Face's config.json under the key "config.json".
+# ---- Files. What is read becomes (tensors by name, metadata). The metadata is the rest of a checkpoint of
+# ours, or Hugging Face's config.json under the key "config.json".
 
 def save_checkpoint(model, path, **extra):
     """Write {"config", "model", **extra} to path, all at once or not at all.
@@ -221,7 +221,8 @@ def save_checkpoint(model, path, **extra):
     """
     temporary = f"{path}.tmp"
     try:
-        torch.save({**extra, "config": dataclasses.asdict(model.config), "model": model.state_dict()}, temporary)
+        config = dataclasses.asdict(model.config)
+        torch.save({**extra, "config": config, "model": model.state_dict()}, temporary)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -307,7 +308,8 @@ def read_weights(path):
     if isinstance(tensors, dict) and {"config", "model"} <= tensors.keys():
         tensors, meta = tensors.pop("model"), tensors
         if not isinstance(meta["config"], dict) or not REQUIRED <= meta["config"].keys():
-            raise UserError(f"{path} is the checkpoint of another program\nexpected one of ours, or a state dict")
+            raise UserError(f"{path} is the checkpoint of another program\n"
+                            "expected one of ours, or a state dict")
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise UserError(f"{path} holds no tensors by name\nexpected a state dict or a checkpoint of ours")
     return tensors, meta
@@ -324,8 +326,8 @@ def read_json(path):
     return content
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                      "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                      "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
@@ -342,11 +344,12 @@ def read_safetensors(path):
                 begin, end = entry["data_offsets"]
                 if 8 + length + end > size:
                     raise ValueError(f"{name} would end at byte {8 + length + end}, the file at {size}")
-                if entry["dtype"] not in SAFETENSORS_DTYPES:
+                dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+                if dtype is None:
                     raise ValueError(f"{name} has the unsupported type {entry['dtype']}")
                 file.seek(8 + length + begin)
                 raw = bytearray(file.read(end - begin))    # a copy: the file's offsets are not aligned
-                tensors[name] = torch.frombuffer(raw, dtype=SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
+                tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is truncated, or no safetensors file that can be read here\n"
                         f"{first_line(error)}") from error
@@ -361,23 +364,26 @@ def from_gpt2_layout(tensors, path):
     if head is not None and "wte.weight" in tensors and not torch.equal(head, tensors["wte.weight"]):
         raise UserError(f"{path} has an output head of its own\nexpected GPT-2's: lm_head.weight = wte.weight")
     conv1d = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")    # these are stored (in, out)
-    return {name: t.t().contiguous() if conv1d.search(name) and t.ndim == 2 else t for name, t in tensors.items()}
+    return {name: t.t().contiguous() if conv1d.search(name) and t.ndim == 2 else t
+            for name, t in tensors.items()}
 
 
 def infer_config(tensors, meta, path, n_head=None):
     """GPTConfig's fields from the tensors' shapes; the number of heads from config.json, else D = 64."""
     hf = meta.get("config.json", {})
     wanted = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     for key, value in wanted.items():
         if hf.get(key, value) != value:
             raise UserError(f"{path}: config.json has {key}={hf[key]}\nexpected GPT-2's {key}={value}")
     for name in ("wte.weight", "wpe.weight"):
         if name not in tensors or tensors[name].ndim != 2:
-            raise UserError(f"{path} does not fit this GPT: {name} is missing or no matrix\nexpected GPT-2's tensors")
+            raise UserError(f"{path} does not fit this GPT: {name} is missing or no matrix\n"
+                            "expected GPT-2's tensors")
     (V, C), T = tensors["wte.weight"].shape, tensors["wpe.weight"].shape[0]
     layers = {int(m[1]) for m in (re.match(r"h\.(\d+)\.", name) for name in tensors) if m}
     n_head = n_head or hf.get("n_head") or (C // 64 if C % 64 == 0 else None)
     if n_head is None:
         raise UserError(f"{path}: the number of heads is unknown (width {C}, no config.json)\npass n_head=...")
-    return dict(block_size=T, vocab_size=V, n_layer=max(max(layers, default=-1) + 1, hf.get("n_layer", 0)), n_head=n_head, n_embd=C)
+    n_layer = max(max(layers, default=-1) + 1, hf.get("n_layer", 0))    # a layer that is not there gets named
+    return dict(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=C)

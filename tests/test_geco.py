@@ -62,17 +62,6 @@ def test_gain_multiplies_lambda_and_zero_is_pure_geco():
         assert proportional.lam == pytest.approx(pure.lam * math.exp(2.0 * pure.average))
 
 
-def test_clip_bounds_what_a_spike_does_and_nothing_else():
-    free, clipped = (Geco(tau=1.0, rate=0.1, decay=0.0, clip=clip) for clip in (math.inf, 0.5))
-    for ce in (0.2, 1.4):
-        free.update(ce)
-        clipped.update(ce)
-        assert clipped.lam == free.lam
-    before = clipped.lam
-    clipped.update(9.0)
-    assert clipped.lam == pytest.approx(before * math.exp(0.1 * 0.5))
-
-
 def test_objective_has_the_value_of_the_average_and_the_gradient_of_the_loss():
     geco = Geco(tau=1.0, lam=2.0, decay=0.5)
     assert geco.objective(torch.tensor(0.25), torch.tensor(1.5)).item() == 0.25 + 2.0 * 0.5    # no average yet
@@ -133,7 +122,6 @@ def test_a_loss_that_is_no_number_says_at_which_step(ce):
     (dict(tau=1.0, rate=0.0), "rate must be above 0"),
     (dict(tau=1.0, decay=1.0), "decay must lie in"),
     (dict(tau=1.0, gain=-1.0), "gain not below 0"),
-    (dict(tau=1.0, clip=0.0), "clip must be above 0"),
 ])
 def test_impossible_constants_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,286 @@
+"""Two-digit addition: the whole method on a laptop, in minutes and without network (Figure 1 of the paper).
+
+    python toy_addition.py [--seed 0] [--out runs/addition] [--layout reversed|paper]
+
+A small GPT learns all sums of two two-digit numbers with ordinary, dense attention. The same weights then get
+one binary gate per attention edge, and GECO closes as many gates as the loss allows. What is left is an
+algorithm one can read: each answer digit looks up its own two digits, and one edge carries the carry.
+
+One character is one token, and the answer is not fed back: its slots are `?` on the input side.
+    reversed  36+28=???    answer 460: least significant digit first, so that a causal GPT can pass the carry on
+    paper     36+28=?????  answer 00064: the paper's own, read without a causal mask
+"""
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from geco import Geco
+from model import GPT, GPTConfig, UserError, between, make_folder, save_checkpoint
+
+matplotlib.use("Agg")    # draws into files, needs no screen
+import matplotlib.pyplot as plt
+
+ALPHABET = "0123456789+=?"
+SLOTS = {"reversed": 3, "paper": 5}
+EXAMPLES = {"no carry": (53, 21), "one carry": (36, 28), "two carries": (43, 59)}    # those of Figure 1
+KEEP = 0.999    # share of training sums that a sparse model must get right to be kept
+
+
+def encode(a, b, layout):
+    """One sum as text -> (what the model reads, what it should answer in the slots)."""
+    answer = f"{a + b:0{SLOTS[layout]}d}"
+    return f"{a:02d}+{b:02d}=" + "?" * len(answer), answer[::-1] if layout == "reversed" else answer
+
+
+def addition_data(layout="reversed"):
+    """All 10,000 sums -> tokens (10000,T) and targets (10000,T), -1 outside the slots. Row 100 a + b is a + b."""
+    token = {c: n for n, c in enumerate(ALPHABET)}
+    texts = [encode(a, b, layout) for a in range(100) for b in range(100)]
+    idx = torch.tensor([[token[c] for c in question] for question, _ in texts])
+    answers = torch.tensor([[token[c] for c in answer] for _, answer in texts])
+    targets = torch.full_like(idx, -1)
+    targets[:, -SLOTS[layout]:] = answers
+    return idx, targets
+
+
+def split():
+    """Rows of the 8,000 training and the 2,000 held-out sums: the same for every seed."""
+    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(42))
+    return order[:8000], order[8000:]
+
+
+def toy_config(layout="reversed", **fields):
+    """The smallest GPT that can add: 2 layers, since a carry must be computed before it can be fetched."""
+    return GPTConfig(block_size=6 + SLOTS[layout], vocab_size=len(ALPHABET), n_layer=2, n_head=2, n_embd=64,
+                     causal=layout == "reversed", **fields)
+
+
+def allowed_edges(config):
+    """Edges of one sum, over all layers and heads, with every gate open."""
+    T = config.block_size
+    return config.n_layer * config.n_head * (T * (T + 1) // 2 if config.causal else T * T)
+
+
+@torch.no_grad()
+def evaluate(model, idx, targets):
+    """With hard gates: CE in nats per digit, share of sums right in every digit, active edges per sum."""
+    model.eval()
+    out = model(idx, targets)
+    model.train()
+    right = (out.logits.argmax(-1) == targets) | (targets == -1)                      # (N,T)
+    return {"hard_ce": out.loss.item(), "accuracy": right.all(1).float().mean().item(),
+            "active": out.active_edges.mean().item() * allowed_edges(model.config)}
+
+
+def keeps(found, tau):
+    """Does it meet the constraint? A mean over digits forgives some wrong sums, so these are counted too."""
+    return found["hard_ce"] <= tau and found["accuracy"] >= KEEP
+
+
+def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=256, eval_every=50):
+    """Minimise the cross-entropy or, given a Geco, the expected edges while the cross-entropy stays below tau.
+
+    Returns the history, one dict per step: ce and, with a Geco, c_bar, lam (the one this step used), expected
+    (edges per sum) and, every eval_every steps, what `evaluate` finds on all of idx. With a Geco the model is
+    left as the sparsest evaluation that met the constraint (`keeps`), or as the last step made it if none did.
+    """
+    order = torch.Generator().manual_seed(seed)    # which sums come when
+    torch.manual_seed(seed)                        # the gates (see sample_gates)
+    # A short memory of squared gradients, 0.95: a gate that drops a needed edge makes a spike, and at 0.999 the
+    # spikes of the last thousand steps would scale away the small, steady pull on the gates of idle edges.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps)))    # warm-up, cosine down to a tenth
+    history, best, weights = [], math.inf, None
+    bar = tqdm(range(1, steps + 1), desc="sparse" if geco else "dense ", mininterval=0.5)
+    for step in bar:
+        rows = torch.randint(len(idx), (batch_size,), generator=order)
+        out = model(idx[rows], targets[rows])
+        loss, row = out.loss, {"step": step, "ce": out.loss.item()}
+        if geco:
+            edges = out.expected_edges.mean()
+            loss = geco.objective(edges, out.loss)
+            row |= {"lam": geco.lam, "expected": edges.item() * allowed_edges(model.config)}
+            geco.update(row["ce"])
+            row["c_bar"] = geco.average
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if geco and (step % eval_every == 0 or step == steps):
+            row |= evaluate(model, idx, targets)
+            if keeps(row, geco.tau) and row["active"] < best:
+                best, weights = row["active"], copy.deepcopy(model.state_dict())
+        history.append(row)
+        status = f", lam {row['lam']:.3f}, edges {row['expected']:.1f}" if geco else ""
+        bar.set_postfix_str(f"CE {row['ce']:.4f}{status}", refresh=False)
+    if weights:
+        model.load_state_dict(weights)
+    elif geco:
+        print(f"no evaluation met CE <= {geco.tau} with {KEEP:.1%} of the training sums right: "
+              "keeping the last model")
+    return history
+
+
+def find_carry_edge(model, idx, train_rows, held_out):
+    """The edge out of the tens slot that knows most of the carry: how often is it open?
+
+    Picked on the training sums, over all layers, heads and keys, by the difference between sums with and
+    without a carry from the units. Returns ((layer, head, key), the share of held-out sums with a carry in which
+    it is open, the same without a carry).
+    """
+    tens = idx.shape[1] - 2
+
+    def shares(rows):
+        is_open = (model.attention_maps(idx[rows])[..., tens, :] > 0).float()         # (L,N,H,T)
+        carry = idx[rows, 1] + idx[rows, 4] >= 10                                     # (N)
+        return is_open[:, carry].mean(1), is_open[:, ~carry].mean(1)                  # (L,H,T) each
+
+    model.eval()
+    with_carry, without = shares(train_rows)
+    edge = tuple(int(n) for n in torch.unravel_index((with_carry - without).abs().argmax(), without.shape))
+    with_carry, without = shares(held_out)
+    return edge, with_carry[edge].item(), without[edge].item()
+
+
+def draw_attention(models, layout, path):
+    """Figure 1: the attention of three sums, dense beside sparse, every layer and head."""
+    places = ["units", "tens", "hundreds", "thousands", "ten thousands"][:SLOTS[layout]]
+    L, H = models["dense"].config.n_layer, models["dense"].config.n_head
+    figure, axes = plt.subplots(len(EXAMPLES), 2 * L * H, squeeze=False, layout="constrained",
+                                figsize=(2.9 * 2 * L * H, 2.9 * len(EXAMPLES) + 1))
+    idx, _ = addition_data(layout)
+    for row, (name, (a, b)) in zip(axes, EXAMPLES.items()):
+        question, answer = encode(a, b, layout)
+        for half, (kind, model) in enumerate(models.items()):
+            model.eval()
+            sums = idx[100 * a + b:100 * a + b + 1]
+            maps = model.attention_maps(sums)[:, 0].flatten(0, 1)                     # (L*H,T,T)
+            digits = [ALPHABET[n] for n in model(sums).logits[0, -SLOTS[layout]:].argmax(-1)]
+            ordered = places if layout == "reversed" else places[::-1]
+            slots = [f"{place} {digit}" for place, digit in zip(ordered, digits)]
+            for n, weights in enumerate(maps):
+                ax = row[half * L * H + n]
+                if models["dense"].config.causal:    # grey: keys that come later cannot be read
+                    weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
+                    ax.set_facecolor("0.88")
+                image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+                for i, j in np.argwhere(np.ma.filled(weights, 0) > 0) if kind == "sparse" else ():
+                    ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1.2))
+                ax.set_xticks(range(len(question)), question)
+                ax.set_yticks(range(len(question)), list(question[:6]) + slots, fontsize=8)
+                ax.set_title(f"{kind}, layer {n // H}" + (f", head {n % H}" if H > 1 else ""), fontsize=10)
+                ax.tick_params(length=0)
+        row[0].set_ylabel(f"{a} + {b} = {a + b}\n{name}\n\nreading position", fontsize=11)
+    for ax in axes[-1]:
+        ax.set_xlabel("position read", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01, label="attention weight of the edge (boxed: gate open)")
+    figure.suptitle("Two-digit addition: where each position reads from, dense beside sparse attention")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_training(dense, sparse, tau, path):
+    """Cross-entropy, multiplier and edges over both phases; the gates are switched on at step 0."""
+    figure, (ce, lam, edges) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    steps, evaluated = [row["step"] for row in sparse], [row for row in sparse if "hard_ce" in row]
+    at = [row["step"] for row in evaluated]
+    before = [row["step"] - len(dense) for row in dense]
+    ce.semilogy(before, [row["ce"] for row in dense], "0.6", label="dense, batch")
+    ce.semilogy(steps, [row["ce"] for row in sparse], "C0", lw=0.5, label="sampled gates, batch")
+    ce.semilogy(at, [row["hard_ce"] for row in evaluated], "k", lw=1.2, label="hard gates, all training sums")
+    ce.axhline(tau, color="C3", ls="--", label=f"tau = {tau}")
+    ce.set(ylabel="cross-entropy (nats per digit)", ylim=(1e-5, 5))
+    ce.set_title("Two-digit addition: dense, then sparse under GECO")
+    lam.semilogy(steps, [row["lam"] for row in sparse], "C0")
+    lam.set(ylabel="multiplier lambda")
+    edges.semilogy(steps, [row["expected"] for row in sparse], "C0", lw=0.8, label="expected: sum of sigmoid(g)")
+    edges.semilogy(at, [row["active"] for row in evaluated], "k", lw=1.2, label="active, hard gates")
+    edges.set(ylabel="edges per sum", xlabel="step (0: the gates are switched on)")
+    for ax in (ce, edges):
+        ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run(args):
+    started = time.time()
+    # Edges are a share here, so at lam = 1 an edge is worth 1 / allowed_edges nats. A higher ceiling lets the loss
+    # drown out the pull on idle edges while it recovers from the first shock of the gates.
+    geco = Geco(args.tau, rate=0.01 / args.tau, decay=0.9, lam_range=(0.02, 1.0))
+    make_folder(args.out)
+    idx, targets = addition_data(args.layout)
+    train_rows, held_out = split()
+    config = toy_config(args.layout)
+    dense = GPT(config, generator=torch.Generator().manual_seed(args.seed))
+    print(f"{sum(p.numel() for p in dense.parameters()):,} parameters, {allowed_edges(config)} allowed edges per "
+          f"sum, tau {args.tau} nats per digit, seed {args.seed}, {torch.get_num_threads()} CPU threads, "
+          f"output in {args.out}")
+    known = idx[train_rows], targets[train_rows]
+    dense_history = train(dense, *known, args.dense_steps, lr=3e-3, seed=args.seed, batch_size=128)
+    sparse = GPT(dataclasses.replace(config, gated=True, gate_bias=args.gate_bias))
+    sparse.load_state_dict(dense.state_dict())
+    sparse_history = train(sparse, *known, args.steps, lr=1e-3, seed=args.seed, geco=geco)
+
+    models = {"dense": dense, "sparse": sparse}
+    found = {name: evaluate(model, idx[held_out], targets[held_out]) for name, model in models.items()}
+    (layer, head, key), with_carry, without = find_carry_edge(sparse, idx, train_rows, held_out)
+    summary = {
+        "seed": args.seed, "layout": args.layout, "tau": args.tau, "gate_bias": args.gate_bias,
+        "dense_accuracy": found["dense"]["accuracy"], "sparse_accuracy": found["sparse"]["accuracy"],
+        "dense_ce": found["dense"]["hard_ce"], "sparse_ce": found["sparse"]["hard_ce"],
+        "active_edges_per_example": found["sparse"]["active"], "allowed_edges": allowed_edges(config),
+        "active_share": found["sparse"]["active"] / allowed_edges(config),
+        "carry_edge": f"layer {layer}, head {head}, tens slot to position {key}",
+        "constraint_met": any("hard_ce" in row and keeps(row, args.tau) for row in sparse_history),
+        "carry_edge_with_carry": with_carry, "carry_edge_without_carry": without,
+    }
+    for name, model in models.items():
+        save_checkpoint(model, os.path.join(args.out, f"{name}.pt"), layout=args.layout)
+    draw_attention(models, args.layout, os.path.join(args.out, "addition.png"))
+    draw_training(dense_history, sparse_history, args.tau, os.path.join(args.out, "training.png"))
+    summary["seconds"] = round(time.time() - started, 1)
+    with open(os.path.join(args.out, "summary.json"), "w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=2)
+
+    print(f"\non the {len(held_out)} held-out sums    dense     sparse (hard gates)")
+    print(f"right in every digit       {found['dense']['accuracy']:7.2%}   {found['sparse']['accuracy']:7.2%}")
+    print(f"cross-entropy, nats        {found['dense']['hard_ce']:7.4f}   {found['sparse']['hard_ce']:7.4f}")
+    print(f"active edges per sum       {allowed_edges(config):7.2f}   {found['sparse']['active']:7.2f}   "
+          f"({summary['active_share']:.1%} of {allowed_edges(config)})")
+    print(f"carry edge ({summary['carry_edge']}): open in {with_carry:.1%} of the sums with a carry from the "
+          f"units, in {without:.1%} of those without\n{summary['seconds']} s; pictures and checkpoints in {args.out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python toy_addition.py [options]    (--help lists them)",
+                                     description="Two-digit addition, dense and then sparse: Figure 1 of the paper.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, kind, default, about in (
+        ("--seed", between(int, 0, 2**31), 0, "of the initial weights, the batches and the gates"),
+        ("--out", str, "runs/addition", "folder for pictures, checkpoints and summary.json"),
+        ("--tau", between(float, 1e-6, 10.0), 0.015, "target cross-entropy, nats per answer digit"),
+        ("--gate-bias", between(float, 0, 100.0), 2.0, "b: how far open the gates start"),
+        ("--dense-steps", between(int, 1, 10**7), 2500, "training steps without gates"),
+        ("--steps", between(int, 1, 10**7), 4000, "training steps with gates"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=about)
+    parser.add_argument("--layout", choices=SLOTS, default="reversed", help="how a sum is written: see the file's top")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (UserError, FloatingPointError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
