@@ -3,8 +3,8 @@
     python toy_addition.py [--seed 0] [--out runs/addition] [--layout reversed|paper]
 
 A small GPT learns all sums of two two-digit numbers with ordinary, dense attention. The same weights then get
-one binary gate per attention edge, and GECO closes as many gates as the loss allows. What is left is an
-algorithm one can read: each answer digit looks up its own two digits, and one edge carries the carry.
+one binary gate per attention edge, and GECO closes as many gates as the loss allows. What is left is
+close to an algorithm: the answer's digits look up the digits they need, and often one edge carries the carry.
 
 One character is one token, and the answer is not fed back: its slots are `?` on the input side.
     reversed  36+28=???    answer 460: least significant digit first, so that a causal GPT can pass the carry on
