@@ -46,7 +46,7 @@ class Geco:
     @property
     def lam(self):
         """The multiplier that `objective` uses now: log it before `update`."""
-        low, high = self.lam_range
+        low, high = self.lam_range    # once more, as exp(log(high)) may round to just above high
         return min(max(math.exp(self._clamp(self.log_lam + self.gain * self.average)), low), high)
 
     def _clamp(self, log_lam):
@@ -70,7 +70,7 @@ class Geco:
             raise FloatingPointError(f"the cross-entropy is {ce} at step {self.steps}: lower the learning rate")
         c = ce - self.tau
         self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c    # (4)
-        self.log_lam = self._clamp(self.log_lam + self.rate * self.average)                  # (5)
+        self.log_lam = self._clamp(self.log_lam + self.rate * self.average)                     # (5)
         self.steps += 1
 
     def state_dict(self):

@@ -244,9 +244,10 @@ def make_folder(path):
 def between(kind, low, high):
     """A type for argparse: an int or float from low to high."""
     def parse(text):
-        if not low <= kind(text) <= high:    # not so for nan either
+        value = kind(text)
+        if not low <= value <= high:      # nan is not between them either
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
+        return value
     parse.__name__ = kind.__name__    # argparse names it where the text is no number at all
     return parse
 

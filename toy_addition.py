@@ -59,7 +59,7 @@ def split():
 
 
 def toy_config(layout="reversed", **fields):
-    """The smallest GPT that can add: 2 layers, since a carry must be computed before it can be fetched."""
+    """A small GPT. 2 layers: a carry must be computed before another slot can fetch it."""
     return GPTConfig(block_size=6 + SLOTS[layout], vocab_size=len(ALPHABET), n_layer=2, n_head=2, n_embd=64,
                      causal=layout == "reversed", **fields)
 

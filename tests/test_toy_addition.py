@@ -129,13 +129,15 @@ def test_a_minute_of_training_becomes_sparse():
 
 
 def command(*arguments):
-    done = subprocess.run([sys.executable, ROOT / "toy_addition.py", *arguments], capture_output=True, text=True, cwd=ROOT)
+    line = [sys.executable, ROOT / "toy_addition.py", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_the_command_writes_what_it_promises(tmp_path):
     out = tmp_path / "new" / "folder"
-    code, stdout, stderr = command("--dense-steps", "20", "--steps", "20", "--seed", "3", "--out", str(out), "--layout", "paper")
+    code, stdout, stderr = command("--dense-steps", "20", "--steps", "20", "--seed", "3", "--out", str(out),
+                                   "--layout", "paper")
     assert code == 0, stderr
     assert "no evaluation met CE <= 0.015" in stdout and "484" in stdout
     summary = json.loads((out / "summary.json").read_text())
@@ -174,6 +176,9 @@ def test_a_users_mistake_gets_three_lines_and_exit_code_2(arguments, message, mo
 
 
 def test_an_unwritable_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda **kw: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    def refuse(**kw):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match="(?s)cannot write to .*Permission denied.*another folder"):
         make_folder(tmp_path)
