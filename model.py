@@ -25,6 +25,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gates import sparse_attention
 
@@ -113,6 +114,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)    # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.recompute = False    # True: a block's activations are computed again in the backward pass, not kept
         # GPT-2: std 0.02, positions 0.01, and the two layers of a block that write to the residual
         # stream scaled down, so that the stream's variance does not grow with depth.
         for name, p in self.named_parameters():
@@ -131,7 +133,7 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe.weight[:T]                      # (B,T,C)
         expected, active = [], []
         for block in self.h:
-            x, e, a = block(x)
+            x, e, a = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
             expected.append(e)
             active.append(a)
         logits = F.linear(self.ln_f(x), self.wte.weight)             # (B,T,V)

@@ -1,0 +1,265 @@
+"""train.py as a user runs it: small runs in processes of their own, killed, resumed and spread over ranks."""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+OPEN = ["--gate-bias", "100"]    # every gate open whatever the noise, so that ranks can be compared
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a text, a model that reads bytes, and a cache; options of a run of a second or two."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = "the cat sat on a mat and then it ran to see what was in her old hat".split()
+    rng = np.random.default_rng(0)
+    documents = (" ".join(rng.choice(words, 60)) for _ in range(200))
+    (folder / "text.txt").write_text("\n\n\n".join(documents))
+    config = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+    save_checkpoint(GPT(config, generator=torch.Generator().manual_seed(0)), folder / "init.pt")
+    return folder
+
+
+def options(tiny, out, *more):
+    return ["--init", str(tiny / "init.pt"), "--data", str(tiny / "text.txt"), "--out", str(out), "--steps", "20",
+            "--batch-size", "8", "--grad-accum", "1", "--lr", "0.003", "--warmup", "5", "--eval-every", "5",
+            "--eval-windows", "16", "--device", "cpu", *more]
+
+
+def start(tiny, *args, launcher=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(tiny / "home")}
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *map(str, args)], text=True,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def go(tiny, *args, **kwargs):
+    code, output, errors = finish(start(tiny, *args, **kwargs))
+    assert code == 0, errors[-2000:]
+    return output
+
+
+def here(tiny, *args):
+    """The same in this process: quicker, where nothing is killed or compared bit for bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        patch.setenv("TORCH_HOME", str(tiny / "home"))
+        train.main()
+
+
+def log(out):
+    with open(Path(out, "log.csv"), encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny):
+    """A whole run, and what it printed."""
+    return tiny / "whole", go(tiny, *options(tiny, tiny / "whole", "--tau", "5"))
+
+
+@pytest.fixture(scope="session")
+def every_step(tiny):
+    """A run with open gates that logs every step."""
+    here(tiny, *options(tiny, tiny / "one", *OPEN, "--eval-every", "1", "--tau", "4"))
+    return tiny / "one"
+
+
+def test_windows_come_once_an_epoch_and_are_shifted_by_one():
+    tokens, T = np.arange(101, dtype=np.uint16), 10
+    idx, targets = train.batch(tokens, T, 0, 30, seed=3)
+    assert torch.equal(targets, idx + 1)
+    for epoch in idx.split(10):
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, 100, 10))
+    assert not torch.equal(idx[:10], idx[10:20])    # in another order
+    again = torch.cat([train.batch(tokens, T, first, 3, seed=3)[0] for first in range(0, 30, 3)])
+    assert torch.equal(idx, again)                  # a function of the position alone
+
+
+def test_validation_against_a_loop(tiny):
+    model = load_checkpoint(tiny / "init.pt", gated=True, gate_bias=0.0)
+    tokens = np.random.default_rng(1).integers(0, 257, 16 * 7 + 1).astype(np.uint16)
+    args = train.argparse.Namespace(block_size=16, eval_windows=100, batch_size=3)
+    model.train()
+    ce, active = train.evaluate(model, tokens, train.Place("cpu", None), args)
+    assert model.training                           # left as it was
+    model.eval()
+    rows = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = [model(rows[None, s:s + 16]) for s in range(0, 112, 16)]
+    each = [-torch.log_softmax(out.logits[0], -1)[torch.arange(16), rows[s + 1:s + 17]].mean()
+            for out, s in zip(logits, range(0, 112, 16))]
+    assert ce == pytest.approx(float(sum(each)) / 7, abs=1e-5)
+    expected = sum((model.attention_maps(rows[None, s:s + 16])[:, 0] > 0).sum((-2, -1)) for s in range(0, 112, 16)) / (7 * 136)
+    torch.testing.assert_close(active, expected.double(), atol=1e-6, rtol=0)
+
+
+def test_divergence_is_kullback_leibler(tiny):
+    teacher = load_checkpoint(tiny / "init.pt")
+    idx, logits = torch.randint(0, 257, (2, 16)), torch.randn(2, 16, 257)
+    p = torch.softmax(teacher(idx).logits.double(), -1).detach().numpy()
+    q = torch.softmax(logits.double(), -1).numpy()
+    assert train.divergence(teacher, idx, logits).item() == pytest.approx((p * np.log(p / q)).sum(-1).mean(), abs=1e-5)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    out, output = finished
+    rows, summary = log(out), json.loads((out / "summary.json").read_text())
+    assert [row["step"] for row in rows] == [0, 5, 10, 15, 20] and rows[-1]["tokens"] == 20 * 8 * 16
+    assert rows[0]["active"] == pytest.approx(1.0) and rows[-1]["train_ce"] < rows[1]["train_ce"] - 0.5
+    for row in rows:
+        assert row["active"] == pytest.approx(np.mean([row[f"active_{l}.{h}"] for l in (0, 1) for h in (0, 1)]))
+    best = min((row for row in rows if row["val_ce"] <= 5), key=lambda row: row["active"])
+    assert summary["sparse_ce"] == best["val_ce"] and summary["active_share"] == best["active"]
+    assert summary["edges_per_token"] == pytest.approx(best["active"] * 2 * 2 * 17 / 2)
+    assert f"{best['val_ce']:.4f}" in output and "tau 5.0000, met" in output
+    for name in ("curve.png", "edges_by_head.png", "attention.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert load_checkpoint(out / "best.pt").config.gated
+    assert not list(out.glob("*.tmp"))
+
+
+def test_the_multiplier_follows_the_formula(every_step):
+    """(4) and (5) again, from the logged losses alone: tau 4, kappa 0.05, alpha 0.9."""
+    average, lam = None, 1.0
+    for row in log(every_step)[1:]:
+        c = row["train_ce"] - 4
+        average = c if average is None else 0.9 * average + 0.1 * c
+        lam *= math.exp(0.05 * average)
+        assert row["c_bar"] == pytest.approx(average, abs=1e-9) and row["lam"] == pytest.approx(lam, rel=1e-9)
+
+
+def test_without_tau_it_is_the_untouched_loss_and_a_bit(tiny, capsys):
+    here(tiny, *options(tiny, tiny / "notau", "--steps", "1"))
+    output = capsys.readouterr().out
+    summary = json.loads((tiny / "notau" / "summary.json").read_text())
+    assert summary["tau"] == pytest.approx(summary["base_ce"] + 0.05) and f"tau {summary['tau']:.4f}" in output
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, how):
+    whole, _ = finished
+    out = tiny / how.name
+    process = start(tiny, *options(tiny, out, "--tau", "5"))
+    until = time.time() + 60
+    while not (out / "log.csv").exists() or len(log(out)) < 2:
+        assert time.time() < until and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(how)
+    code, _, errors = finish(process)
+    if how == signal.SIGINT:
+        assert code == 1 and f"--resume {out} goes on" in errors
+    assert len(log(out)) < 5                        # it was stopped midway
+    go(tiny, "--resume", out)
+    assert (out / "log.csv").read_text() == (whole / "log.csv").read_text()
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_follow_one_process(tiny, every_step):
+    go(tiny, *options(tiny, tiny / "two", *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4"),
+       launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    here(tiny, *options(tiny, tiny / "micro", *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4", "--grad-accum", "2"))
+    one = log(every_step)
+    for other in (log(tiny / "two"), log(tiny / "micro")):
+        assert len(one) == len(other) == 21
+        for ours, theirs in zip(one[1:], other[1:]):
+            assert ours["train_ce"] == pytest.approx(theirs["train_ce"], abs=1e-5)
+            assert ours["lam"] == pytest.approx(theirs["lam"], abs=1e-5)
+    assert one[-1]["lam"] != one[1]["lam"]
+
+
+def test_scratch_control_and_report(tiny, capsys):
+    """The offline path, small: a dense phase, the gates, a dense control from the same weights, one table."""
+    scratch = ["--init", "scratch", "--data", "stdlib", "--layers", "1", "--heads", "2", "--width", "16", "--block-size", "32",
+               "--batch-size", "4", "--eval-windows", "8", "--eval-every", "10", "--device", "cpu"]
+    sparse, control = tiny / "sparse", tiny / "control"
+    here(tiny, *scratch, "--dense-steps", "20", "--steps", "10", "--out", sparse)
+    assert len(log(sparse / "dense")) == 3
+    here(tiny, "--init", sparse / "dense" / "last.pt", "--data", "stdlib", "--dense", "--steps", "10", "--eval-windows", "8",
+       "--batch-size", "4", "--grad-accum", "1", "--device", "cpu", "--out", control)
+    before = (sparse / "log.csv").read_text()
+    (sparse / "curve.png").unlink()
+    capsys.readouterr()
+    here(tiny, "--report", sparse, "--control", control)
+    output = capsys.readouterr().out
+    assert (sparse / "log.csv").read_text() == before and (sparse / "curve.png").exists()
+    assert f"dense control{log(control)[-1]['val_ce']:16.4f}" in output
+    untouched = log(sparse / "dense")[-1]["val_ce"]
+    assert json.loads((sparse / "summary.json").read_text())["base_ce"] == pytest.approx(untouched, abs=1e-6)
+
+
+def test_distillation_pulls_towards_the_teacher(tiny):
+    """From a copy with other weights in the last layer, KL falls faster with the weight than without."""
+    out = {}
+    for weight in ("0", "100"):
+        here(tiny, *options(tiny, tiny / f"distill{weight}", "--tau", "5.6", "--distill", weight, "--steps", "10", *OPEN))
+        model = load_checkpoint(tiny / f"distill{weight}" / "last.pt")
+        idx = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(0))
+        out[weight] = train.divergence(load_checkpoint(tiny / "init.pt"), idx, model(idx).logits).item()
+    assert out["100"] < 0.3 * out["0"]
+
+
+def test_recomputing_activations_changes_nothing(tiny):
+    model = load_checkpoint(tiny / "init.pt", gated=True)
+    idx, gradients = torch.randint(0, 257, (2, 16)), []
+    for model.recompute in (False, True):
+        model.train().zero_grad()
+        torch.manual_seed(7)
+        out = model(idx, idx)
+        (out.loss + out.expected_edges.sum()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for kept, recomputed in zip(*gradients):
+        torch.testing.assert_close(kept, recomputed)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--tau", "0"], "0 is not between"),
+    (["--dense", "--tau", "3"], "--dense is the control"),
+    (["--resume", "nowhere"], "cannot read nowhere"),
+    (["--report", "nowhere"], "cannot read nowhere"),
+    (["--init", "nowhere.pt", "--out", "OUT"], "no such file or folder: nowhere.pt"),
+    (["--init", "INIT", "--data", "nowhere", "--out", "OUT"], "no such data: nowhere"),
+    (["--init", "INIT", "--data", "TEXT", "--out", "OUT", "--block-size", "17"], "instead of"),
+    (["--init", "INIT", "--data", "TEXT", "--out", "INIT/x"], "cannot write to"),
+    (["--init", "WHOLE/last.pt", "--data", "TEXT", "--out", "WHOLE"], "holds a run already"),
+    (["--init", "ODD", "--data", "TEXT", "--out", "OUT"], "no encoding is known for a vocabulary of 13"),
+])
+def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.setenv("TORCH_HOME", str(tiny / "home"))
+    save_checkpoint(GPT(GPTConfig(16, 13, 1, 1, 8)), tmp_path / "odd.pt")
+    names = {"INIT": tiny / "init.pt", "TEXT": tiny / "text.txt", "WHOLE": finished[0], "ODD": tmp_path / "odd.pt", "OUT": tmp_path / "out"}
+    args = ["/".join(str(names.get(part, part)) for part in arg.split("/")) if arg[0] != "/" else arg for arg in args]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and message in errors
+    assert len(errors.partition("error:")[2].strip().splitlines()) <= 3
+    assert not any((tmp_path / "out").glob("*"))    # nothing half-written
+
+
+@pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the texts lie beside the checkout in development only")
+def test_real_text_in_gpt2_tokens(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+    here(tiny, "--init", "scratch", "--data", SHARED / "text", "--layers", "1", "--heads", "1", "--width", "8", "--block-size",
+                "32", "--batch-size", "4", "--dense-steps", "4", "--steps", "2", "--eval-windows", "4", "--out", tiny / "real", "--device", "cpu")
+    assert "3,705,151 training and 123,359 validation tokens" in capsys.readouterr().out and (tiny / "real" / "attention.png").exists()

@@ -1,0 +1,474 @@
+"""Sparse post-training of a pretrained GPT: as few attention edges as its loss allows (section 3, Figure 2).
+
+    python train.py --tau 3.3                                       GPT-2 on OpenWebText: one GPU
+    python train.py --init scratch --data stdlib                    a small GPT first, no network: a laptop CPU
+    python train.py --init scratch --data stdlib --resume RUN       go on with a run that was stopped
+    python train.py --report RUN --control OTHER_RUN                table and pictures again, no training
+    torchrun --standalone --nproc_per_node=4 train.py --tau 3.3     several GPUs
+
+RUN is the folder given by --out. It gets args.json (the options), log.csv (a line per evaluation), last.pt (all
+that --resume needs), best.pt (the sparsest evaluation whose validation loss met tau), summary.json and three
+pictures. Losses are cross-entropies in nats per token; edges are shares of the allowed ones.
+
+Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
+(seed, n, rank). So a run that was killed and resumed is the run that was not.
+"""
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import lru_cache
+
+import matplotlib
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from extras.data import byte_encoding, gpt2_encoding, load
+from geco import Geco
+from model import GPT, GPTConfig, UserError, between, make_folder, read_json, read_weights, save_checkpoint
+
+matplotlib.use("Agg")    # draws into files, needs no screen
+import matplotlib.pyplot as plt
+
+SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 16, "grad-accum": 1,
+           "dense-steps": 2500, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320}
+PROMPTS = {"gpt2": "When Mary and John went to the store, John gave a drink to", "bytes": "Return a list of the values"}
+
+
+# ---- Data
+
+@lru_cache(maxsize=2)    # a batch may reach into the next epoch
+def epoch_order(windows, seed, epoch):
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+
+
+def batch(tokens, T, first, count, seed):
+    """Windows number first, first + 1, ... of an endless stream -> idx (B,T) and next tokens (B,T).
+
+    The windows do not overlap; each comes once an epoch, in an order drawn anew for every epoch.
+    """
+    windows, rows = (len(tokens) - 1) // T, []
+    for n in range(first, first + count):
+        start = T * int(epoch_order(windows, seed, n // windows)[n % windows])
+        rows.append(torch.from_numpy(tokens[start:start + T + 1].astype(np.int64)))
+    rows = torch.stack(rows)                                         # (B,T+1)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ---- One process among several (or the only one)
+
+class Place:
+    """Where this process computes: its rank of size, device, and the autocast of its forward passes."""
+
+    def __init__(self, device, dtype):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = device or ("cuda" if torch.cuda.is_available() else
+                          "mps" if torch.backends.mps.is_available() else "cpu")
+        if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+            raise UserError(f"there is no {name} device here\nleave --device out, or pass --device cpu")
+        if name == "mps":
+            print("warning: some PyTorch versions compute wrong results on mps: compare a few steps with --device cpu")
+        self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        if name == "cuda":
+            torch.cuda.set_device(self.device)
+        self.dtype = getattr(torch, dtype or ("bfloat16" if name == "cuda" else "float32"))
+        if self.size > 1 and not dist.is_initialized():    # the others may wait long while rank 0 tokenises
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def mean(self, *numbers):
+        """The numbers averaged over all ranks: the same floats on every rank."""
+        if self.size == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return (total / self.size).tolist()
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+# ---- Training
+
+@torch.no_grad()
+def evaluate(model, tokens, place, args):
+    """Hard gates, the same windows each time -> validation CE in nats per token, active share (L,H)."""
+    T, model_was_training = args.block_size, model.training
+    model.eval()
+    windows = (len(tokens) - 1) // T
+    starts = np.linspace(0, windows - 1, min(windows, args.eval_windows)).astype(int) * T
+    ce, active = 0.0, 0.0
+    for part in np.array_split(starts, math.ceil(len(starts) / args.batch_size)):
+        rows = torch.stack([torch.from_numpy(tokens[s:s + T + 1].astype(np.int64)) for s in part]).to(place.device)
+        with place.autocast():
+            out = model(rows[:, :-1], rows[:, 1:])
+        ce += out.loss.item() * len(part) / len(starts)
+        active = active + out.active_edges.double().cpu() * len(part) / len(starts)
+    model.train(model_was_training)
+    return ce, active
+
+
+def best_row(rows, tau):
+    """The sparsest evaluation that meets the constraint, or None. Hard gates, validation loss."""
+    return min((row for row in rows if row["val_ce"] <= tau), key=lambda row: row["active"], default=None)
+
+
+def write_csv(path, rows):
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.tmp", path)
+
+
+def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
+    """Train up to step `steps`, going on from out/last.pt if there is one, and return the rows of out/log.csv.
+
+    With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the frozen dense model to stay close
+    to. Leaves out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
+    """
+    train_tokens, val_tokens = data
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    last, step, rows, recent = os.path.join(out, "last.pt"), 0, [], []    # recent: CE since the last row
+    if os.path.exists(last):
+        weights, state = read_weights(last)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        step, rows, recent = state["step"], state["rows"], state["recent"]
+        if geco:
+            geco.load_state_dict(state["geco"])
+
+    def save():
+        save_checkpoint(model, last, step=step, rows=rows, recent=recent, optimizer=optimizer.state_dict(),
+                        geco=geco.state_dict() if geco else {})
+
+    model.train()
+    model.recompute, forward = args.recompute, torch.compile(model) if args.compile else model
+    if place.size > 1:
+        forward = DistributedDataParallel(forward)
+    T, B, micros = args.block_size, args.batch_size, args.grad_accum
+    tokens_per_step, expected, interrupted = T * B * micros * place.size, math.nan, []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))    # Ctrl-C: finish the step, save, stop
+    bar = tqdm(total=steps, initial=step, desc="sparse" if geco else "dense ", disable=place.rank > 0)
+    started, first_step = time.time(), step
+    while True:
+        if (step % args.eval_every == 0 or step == steps) and place.rank == 0 and step not in (r["step"] for r in rows):
+            ce, active = evaluate(model, val_tokens, place, args)
+            rows.append({"step": step, "tokens": step * tokens_per_step,
+                         "train_ce": float(np.mean(recent)) if recent else math.nan,
+                         "c_bar": geco.average if geco else math.nan, "lam": geco.lam if geco else math.nan,
+                         "expected": expected, "val_ce": ce, "active": active.mean().item()}
+                        | {f"active_{l}.{h}": float(share) for (l, h), share in np.ndenumerate(active.numpy())})
+            recent.clear()
+            if geco and rows[-1] is best_row(rows, geco.tau):
+                save_checkpoint(model, os.path.join(out, "best.pt"), step=step)
+            save()
+            write_csv(os.path.join(out, "log.csv"), rows)
+        if step == steps:
+            break
+        for group in optimizer.param_groups:    # warm-up, then constant or a cosine down to a tenth
+            group["lr"] = lr * min((step + 1) / args.warmup, 1.0 if args.schedule == "constant" else
+                                   0.55 + 0.45 * math.cos(math.pi * step / steps))
+        torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
+        ce = expected = active = 0.0
+        for micro in range(micros):
+            first = ((step * micros + micro) * place.size + place.rank) * B
+            idx, targets = (t.to(place.device) for t in batch(train_tokens, T, first, B, args.seed))
+            with forward.no_sync() if place.size > 1 and micro < micros - 1 else nullcontext():
+                with place.autocast():
+                    found = forward(idx, targets)
+                    loss = geco.objective(found.expected_edges.mean(), found.loss) if geco else found.loss
+                    if teacher:
+                        loss = loss + args.distill * geco.lam * divergence(teacher, idx, found.logits)
+                (loss / micros).backward()
+            ce += found.loss.item() / micros
+            expected += found.expected_edges.mean().item() / micros
+            active += found.active_edges.mean().item() / micros
+        ce, expected, active, stop = place.mean(ce, expected, active, len(interrupted))
+        if not math.isfinite(ce):
+            raise FloatingPointError(f"the cross-entropy is {ce} at step {step}: lower --lr")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        status = f"CE {ce:.3f}"
+        if geco:
+            geco.update(ce)
+            status += f", Cbar {geco.average:+.3f}, lam {geco.lam:.3g}, expected {expected:.2%}, active {active:.2%}"
+        step += 1
+        recent.append(ce)
+        speed = (step - first_step) * tokens_per_step / (time.time() - started)
+        bar.set_postfix_str(f"{status}, {speed:,.0f} tokens/s", refresh=False)
+        bar.update()
+        if stop:
+            if place.rank == 0:
+                save()
+            bar.close()
+            sys.exit(f"stopped after step {step}: python train.py --resume {args.out} goes on")
+    bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return rows
+
+
+def divergence(teacher, idx, logits):
+    """KL(teacher || student) in nats per token."""
+    with torch.no_grad():
+        wanted = F.log_softmax(teacher(idx).logits.float(), dim=-1)
+    return F.kl_div(F.log_softmax(logits.float(), dim=-1), wanted, log_target=True, reduction="none").sum(-1).mean()
+
+
+def encoding_of(model):
+    """The tokens a model was trained on, told by the size of its vocabulary."""
+    encodings = {50257: gpt2_encoding, 257: byte_encoding}
+    if model.config.vocab_size not in encodings:
+        raise UserError(f"no encoding is known for a vocabulary of {model.config.vocab_size} tokens\n"
+                        "expected 50257 (GPT-2) or 257 (bytes)")
+    return encodings[model.config.vocab_size]()
+
+
+def run(args):
+    """From the options to the report. What is in args.out already is used, not made again: that is how to resume."""
+    place = Place(args.device, args.dtype)
+    say = print if place.rank == 0 else lambda *_: None
+    if args.init == "scratch":
+        encoding = byte_encoding() if args.data == "stdlib" else gpt2_encoding()
+    else:
+        crop = {"block_size": args.block_size} if args.block_size else {}
+        base = GPT.from_pretrained(args.init, gated=False, **crop)
+        encoding = encoding_of(base)
+    if place.rank > 0:
+        place.wait()    # until rank 0 has made the token files
+    data = load(args.data, encoding)
+    if place.rank == 0:
+        place.wait()
+    if args.init == "scratch":
+        base = GPT(GPTConfig(args.block_size, encoding.n_vocab, args.layers, args.heads, args.width),
+                   generator=torch.Generator().manual_seed(args.seed))
+    config, args.block_size = base.config, base.config.block_size
+    base.to(place.device)
+    T, tokens_per_step = args.block_size, args.block_size * args.batch_size * args.grad_accum * place.size
+    cells, windows = config.n_layer * config.n_head * T * (T + 1) // 2, (len(data[0]) - 1) // T
+    if min(windows, (len(data[1]) - 1) // T) < 1:
+        raise UserError(f"{args.data} has too few tokens for windows of {T}\npass more text, or a smaller --block-size")
+    if place.rank == 0:
+        write_json(os.path.join(args.out, "args.json"), vars(args))
+    say(f"{sum(p.numel() for p in base.parameters()):,} parameters, {cells:,} allowed edges per sequence of {T}; "
+        f"{place.size} x {place.device}, {str(place.dtype).removeprefix('torch.')}, seed {args.seed}\n"
+        f"{len(data[0]):,} training and {len(data[1]):,} validation tokens; {tokens_per_step:,} tokens per step, "
+        f"one pass = {len(data[0]) / tokens_per_step:,.0f} steps; output in {args.out}")
+    for kind in ("dense_steps", "steps"):
+        passes = getattr(args, kind, 0) * tokens_per_step / len(data[0])
+        if passes > 1:
+            say(f"note: --{kind.replace('_', '-')} see every token {passes:.1f} times. A constraint that is met by memorising is not met: "
+                "judge by the validation CE.")
+
+    if args.init == "scratch":
+        args.base = os.path.join(args.out, "dense")
+        if place.rank == 0:
+            os.makedirs(args.base, exist_ok=True)
+        fit(base, data, args.base, place, args, args.dense_steps, args.dense_lr)
+        args.base = os.path.join(args.base, "last.pt")
+    if args.base_ce is None:
+        args.base_ce, = place.mean(evaluate(base, data[1], place, args)[0])
+        args.tau = args.base_ce + 0.05 if args.tau is None else args.tau
+        if place.rank == 0:
+            write_json(os.path.join(args.out, "args.json"), vars(args))
+    say(f"untouched model: validation CE {args.base_ce:.4f} nats per token; "
+        + ("dense control" if args.dense else f"tau {args.tau:.4f}"))
+    teacher = copy.deepcopy(base).eval() if args.distill else None
+    model, geco = base, None
+    if not args.dense:
+        config.gated, config.gate_bias = True, args.gate_bias    # the gates have no parameters: the rest stays
+        geco = Geco(args.tau, rate=args.rate, decay=args.decay)
+    fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
+    if place.device.type == "cuda":
+        say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if place.rank == 0:
+        report(args.out, args.control)
+    if place.size > 1:
+        dist.destroy_process_group()
+
+
+# ---- Report
+
+def report(out, control=None):
+    """Table, summary.json and pictures of the run in `out`, from its files alone. control: folder of a --dense run."""
+    args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
+    _, state = read_weights(os.path.join(out, "last.pt"))
+    rows = state["rows"]
+    base = GPT.from_pretrained(args.base, gated=False, block_size=args.block_size)
+    edges_per_token = base.config.n_layer * base.config.n_head * (args.block_size + 1) / 2
+    best = None if args.dense else best_row(rows, args.tau)
+    found = best or rows[-1]
+    lines = [("untouched", args.base_ce, 1.0)]
+    if control:
+        _, control_state = read_weights(os.path.join(control, "last.pt"))
+        lines.append(("dense control", control_state["rows"][-1]["val_ce"], 1.0))
+    lines.append(("dense control" if args.dense else "sparse", found["val_ce"], found["active"]))
+    print(f"\n{'':16}validation CE   active edges   edges per token")
+    for name, ce, active in lines:
+        print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
+    if args.dense:
+        return
+    print(f"tau {args.tau:.4f}, " + (f"met: the sparsest such evaluation, step {best['step']} of {args.steps}" if best else
+                                    f"not met by any evaluation: the last step, {found['step']} of {args.steps}"))
+    write_json(os.path.join(out, "summary.json"), {
+        "base_ce": args.base_ce, "control_ce": lines[1][1] if control else None, "sparse_ce": found["val_ce"],
+        "tau": args.tau, "constraint_met": best is not None, "active_share": found["active"],
+        "edges_per_token": found["active"] * edges_per_token, "step": found["step"], "steps": args.steps,
+        "seed": args.seed})
+    draw_curve(rows, lines, args.tau, os.path.join(out, "curve.png"))
+    L, H = base.config.n_layer, base.config.n_head
+    by_head = np.array([[found[f"active_{l}.{h}"] for h in range(H)] for l in range(L)])
+    draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
+    sparse = GPT.from_pretrained(os.path.join(out, "best.pt" if best else "last.pt"))
+    draw_attention(base, sparse, by_head, encoding_of(base), os.path.join(out, "attention.png"))
+
+
+def write_json(path, content):
+    make_folder(os.path.dirname(path))
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(f"{path}.tmp", path)
+
+
+def draw_curve(rows, lines, tau, path):
+    """Figure 2a: cross-entropy against active edges, over training."""
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    share = [100 * row["active"] for row in rows]
+    ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training")
+    ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8), ha="right")
+    for (name, ce, active), marker in zip(lines, ("s", "D", "*")):
+        ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none", label=f"{name}: {ce:.3f}")
+    ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}")
+    ax.set(xlabel="active edges (% of the allowed ones, log axis)", ylabel="validation cross-entropy (nats per token)",
+           title="Loss against edges while the gates close")
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_heads(by_head, path):
+    """Share of active edges (L,H) as a map, in percent."""
+    L, H = by_head.shape
+    figure, ax = plt.subplots(figsize=(1.5 + 0.6 * max(H, 6), 1.2 + 0.5 * L), layout="constrained")
+    image = ax.imshow(100 * by_head, cmap="Blues", vmin=0)
+    for l, h in np.ndindex(L, H):
+        dark = by_head[l, h] > 0.6 * by_head.max()
+        ax.text(h, l, f"{100 * by_head[l, h]:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L), title="Active edges by head (%)")
+    figure.colorbar(image, ax=ax, label="% of the allowed edges")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_attention(dense, sparse, by_head, encoding, path, columns=4):
+    """Figure 2b: attention of one prompt in the heads with the most active edges, dense above sparse."""
+    tokens = encoding.encode_ordinary(PROMPTS[encoding.name])[:dense.config.block_size]
+    labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
+    idx = torch.tensor([tokens])
+    heads = np.argsort(-by_head, axis=None)[:columns]
+    figure, axes = plt.subplots(2, len(heads), figsize=(4 * len(heads), 8.4), squeeze=False, layout="constrained")
+    for name, model, row in (("dense", dense, axes[0]), ("sparse", sparse, axes[1])):
+        maps = model.eval().attention_maps(idx)[:, 0].flatten(0, 1).numpy()          # (L*H,T,T)
+        for n, ax in zip(heads, row):
+            weights = np.ma.masked_where(np.triu(np.ones(maps[n].shape), 1) > 0, maps[n])
+            ax.set_facecolor("0.88")    # grey: keys that come later cannot be read
+            image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+            if name == "sparse":
+                for i, j in np.argwhere(np.ma.filled(weights, 0) > 0):
+                    ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=0.8))
+            ax.set_title(f"{name}, layer {n // by_head.shape[1]}, head {n % by_head.shape[1]}", fontsize=10)
+            ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+            ax.set_yticks(range(len(labels)), labels, fontsize=7)
+        row[0].set_ylabel("reading position")
+    for ax in axes[1]:
+        ax.set_xlabel("position read")
+    figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01, label="attention weight of the edge (boxed: gate open)")
+    figure.suptitle("Where each token reads from: the heads with the most active edges")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python train.py --tau 3.3 [options]    (--help lists them)",
+                                     description=__doc__.partition("\n\n")[0],
+                                     formatter_class=Help)
+    option = parser.add_argument
+    option("--tau", type=between(float, 1e-6, 100.0), help="target of the training CE, nats per token; without it: "
+           "the untouched model's validation CE + 0.05")
+    option("--init", default="gpt2", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, or scratch")
+    option("--data", default="openwebtext", help="openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib, or a path: a .txt, "
+           "a folder of them, or a .bin of tokens")
+    option("--out", default="runs/gpt2", help="folder of the run")
+    option("--resume", metavar="RUN", help="go on with the run in this folder, with its own options")
+    option("--report", metavar="RUN", help="only draw and print the report of this run")
+    option("--control", metavar="RUN", help="a --dense run, for the report's table")
+    count = between(int, 1, 10**9)
+    option("--steps", type=count, default=5000, help="steps of sparse (or, with --dense, dense) training")
+    option("--batch-size", type=count, default=16, help="sequences per forward pass and process")
+    option("--grad-accum", type=count, default=4, help="forward passes per step")
+    option("--block-size", type=count, help="positions, at most the model's own (the default)")
+    option("--lr", type=between(float, 1e-9, 1.0), default=1e-4, help="peak learning rate")
+    option("--warmup", type=count, default=100, help="steps until the peak")
+    option("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
+    option("--weight-decay", type=between(float, 0.0, 10.0), default=0.01, help="of AdamW")
+    option("--gate-bias", type=between(float, 0.0, 100.0), default=2.0, help="b: how far open the gates start")
+    option("--rate", type=between(float, 1e-9, 100.0), default=0.05, help="kappa of GECO: how fast lam answers")
+    option("--decay", type=between(float, 0.0, 0.9999), default=0.9, help="alpha of GECO: how long Cbar remembers")
+    option("--distill", type=between(float, 0.0, 1000.0), default=0.0, help="weight of KL(dense || sparse), beside the CE")
+    option("--dense", action="store_true", help="the control: the same steps on the same data without gates")
+    option("--dtype", choices=("float32", "bfloat16"), help="of the forward pass: bfloat16 on cuda, else float32")
+    option("--compile", action="store_true", help="torch.compile the model")
+    option("--recompute", action="store_true", help="keep no activations inside a block: less memory, a third more time")
+    option("--device", choices=("cuda", "mps", "cpu"), help="the best there is")
+    option("--seed", type=between(int, 0, 2**31), default=0, help="of initial weights, batches and gates")
+    option("--eval-every", type=count, default=100, help="steps between evaluations")
+    option("--eval-windows", type=count, default=128, help="sequences of the validation split they read")
+    scratch = parser.add_argument_group("with --init scratch", "other defaults there: " + ", ".join(
+        f"--{name} {value}" for name, value in SCRATCH.items()))
+    for name in ("layers", "heads", "width", "dense-steps"):
+        scratch.add_argument(f"--{name}", type=count, metavar="N", default=argparse.SUPPRESS, help="of the small GPT")
+    scratch.add_argument("--dense-lr", type=between(float, 1e-9, 1.0), default=argparse.SUPPRESS, help="of its training")
+    args, _ = parser.parse_known_args()
+    if args.init == "scratch":
+        parser.set_defaults(**{key.replace("-", "_"): value for key, value in SCRATCH.items()})
+    args = parser.parse_args()
+    try:
+        if args.report:
+            report(args.report, args.control)
+            return
+        if args.resume:
+            args = argparse.Namespace(**read_json(os.path.join(args.resume, "args.json")))
+        else:
+            if args.dense and (args.tau or args.distill):
+                raise UserError("--dense is the control: it has no constraint\nleave --tau and --distill out")
+            make_folder(args.out)
+            if os.path.exists(os.path.join(args.out, "args.json")):
+                raise UserError(f"{args.out} holds a run already\n--resume {args.out} goes on with it, another --out starts anew")
+            args.base, args.base_ce = args.init, None
+        run(args)
+    except (UserError, FloatingPointError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
