@@ -43,10 +43,15 @@ import matplotlib.pyplot as plt
 
 SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 16, "grad-accum": 1,
            "dense-steps": 2500, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320}
-PROMPTS = {"gpt2": "When Mary and John went to the store, John gave a drink to", "bytes": "Return a list of the values"}
+PROMPTS = {"gpt2": "When Mary and John went to the store, John gave a drink to",
+           "bytes": "Return a list of the values"}
 
 
 # ---- Data
+
+def window(tokens, start, T):
+    return torch.from_numpy(tokens[start:start + T + 1].astype(np.int64))
+
 
 @lru_cache(maxsize=2)    # a batch may reach into the next epoch
 def epoch_order(windows, seed, epoch):
@@ -61,7 +66,7 @@ def batch(tokens, T, first, count, seed):
     windows, rows = (len(tokens) - 1) // T, []
     for n in range(first, first + count):
         start = T * int(epoch_order(windows, seed, n // windows)[n % windows])
-        rows.append(torch.from_numpy(tokens[start:start + T + 1].astype(np.int64)))
+        rows.append(window(tokens, start, T))
     rows = torch.stack(rows)                                         # (B,T+1)
     return rows[:, :-1], rows[:, 1:]
 
@@ -73,14 +78,15 @@ class Place:
 
     def __init__(self, device, dtype):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        name = device or ("cuda" if torch.cuda.is_available() else
-                          "mps" if torch.backends.mps.is_available() else "cpu")
-        if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = device or next(name for name in here if here[name])
+        if not here[name]:
             raise UserError(f"there is no {name} device here\nleave --device out, or pass --device cpu")
+        self.device = torch.device(name)
         if name == "mps":
-            print("warning: some PyTorch versions compute wrong results on mps: compare a few steps with --device cpu")
-        self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+            print("warning: PyTorch has computed wrong results on mps before: compare a few steps with --device cpu")
         if name == "cuda":
+            self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.dtype = getattr(torch, dtype or ("bfloat16" if name == "cuda" else "float32"))
         if self.size > 1 and not dist.is_initialized():    # the others may wait long while rank 0 tokenises
@@ -113,7 +119,7 @@ def evaluate(model, tokens, place, args):
     starts = np.linspace(0, windows - 1, min(windows, args.eval_windows)).astype(int) * T
     ce, active = 0.0, 0.0
     for part in np.array_split(starts, math.ceil(len(starts) / args.batch_size)):
-        rows = torch.stack([torch.from_numpy(tokens[s:s + T + 1].astype(np.int64)) for s in part]).to(place.device)
+        rows = torch.stack([window(tokens, s, T) for s in part]).to(place.device)    # (B,T+1)
         with place.autocast():
             out = model(rows[:, :-1], rows[:, 1:])
         ce += out.loss.item() * len(part) / len(starts)
@@ -166,7 +172,8 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
     bar = tqdm(total=steps, initial=step, desc="sparse" if geco else "dense ", disable=place.rank > 0)
     started, first_step = time.time(), step
     while True:
-        if (step % args.eval_every == 0 or step == steps) and place.rank == 0 and step not in (r["step"] for r in rows):
+        due = step % args.eval_every == 0 or step == steps
+        if due and place.rank == 0 and not (rows and rows[-1]["step"] == step):    # (resumed: it is there already)
             ce, active = evaluate(model, val_tokens, place, args)
             rows.append({"step": step, "tokens": step * tokens_per_step,
                          "train_ce": float(np.mean(recent)) if recent else math.nan,
@@ -207,7 +214,8 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
         status = f"CE {ce:.3f}"
         if geco:
             geco.update(ce)
-            status += f", Cbar {geco.average:+.3f}, lam {geco.lam:.3g}, expected {expected:.2%}, active {active:.2%}"
+            status += (f", Cbar {geco.average:+.3f}, lam {geco.lam:.3g}, "
+                       f"expected {expected:.2%}, active {active:.2%}")
         step += 1
         recent.append(ce)
         speed = (step - first_step) * tokens_per_step / (time.time() - started)
@@ -227,7 +235,8 @@ def divergence(teacher, idx, logits):
     """KL(teacher || student) in nats per token."""
     with torch.no_grad():
         wanted = F.log_softmax(teacher(idx).logits.float(), dim=-1)
-    return F.kl_div(F.log_softmax(logits.float(), dim=-1), wanted, log_target=True, reduction="none").sum(-1).mean()
+    found = F.log_softmax(logits.float(), dim=-1)                    # (B,T,V)
+    return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
 
 
 def encoding_of(model):
@@ -240,7 +249,7 @@ def encoding_of(model):
 
 
 def run(args):
-    """From the options to the report. What is in args.out already is used, not made again: that is how to resume."""
+    """From the options to the report. What args.out holds already is used, not made again: so a run resumes."""
     place = Place(args.device, args.dtype)
     say = print if place.rank == 0 else lambda *_: None
     if args.init == "scratch":
@@ -262,18 +271,20 @@ def run(args):
     T, tokens_per_step = args.block_size, args.block_size * args.batch_size * args.grad_accum * place.size
     cells, windows = config.n_layer * config.n_head * T * (T + 1) // 2, (len(data[0]) - 1) // T
     if min(windows, (len(data[1]) - 1) // T) < 1:
-        raise UserError(f"{args.data} has too few tokens for windows of {T}\npass more text, or a smaller --block-size")
+        raise UserError(f"{args.data} has too few tokens for windows of {T}\n"
+                        "pass more text, or a smaller --block-size")
     if place.rank == 0:
         write_json(os.path.join(args.out, "args.json"), vars(args))
-    say(f"{sum(p.numel() for p in base.parameters()):,} parameters, {cells:,} allowed edges per sequence of {T}; "
-        f"{place.size} x {place.device}, {str(place.dtype).removeprefix('torch.')}, seed {args.seed}\n"
-        f"{len(data[0]):,} training and {len(data[1]):,} validation tokens; {tokens_per_step:,} tokens per step, "
-        f"one pass = {len(data[0]) / tokens_per_step:,.0f} steps; output in {args.out}")
+    say(f"{sum(p.numel() for p in base.parameters()):,} parameters, {cells:,} allowed edges per sequence of {T}\n"
+        f"{place.size} x {place.device}, {str(place.dtype).removeprefix('torch.')}, seed {args.seed}, "
+        f"output in {args.out}\n"
+        f"{len(data[0]):,} training and {len(data[1]):,} validation tokens, {tokens_per_step:,} tokens per step, "
+        f"one pass = {len(data[0]) / tokens_per_step:,.0f} steps")
     for kind in ("dense_steps", "steps"):
         passes = getattr(args, kind, 0) * tokens_per_step / len(data[0])
         if passes > 1:
-            say(f"note: --{kind.replace('_', '-')} see every token {passes:.1f} times. A constraint that is met by memorising is not met: "
-                "judge by the validation CE.")
+            say(f"note: --{kind.replace('_', '-')} see every token {passes:.1f} times. A constraint that is met by "
+                "memorising is not met: judge by the validation CE.")
 
     if args.init == "scratch":
         args.base = os.path.join(args.out, "dense")
@@ -305,7 +316,7 @@ def run(args):
 # ---- Report
 
 def report(out, control=None):
-    """Table, summary.json and pictures of the run in `out`, from its files alone. control: folder of a --dense run."""
+    """Table, summary.json and pictures of the run in `out`, from its files alone. control: a --dense run's folder."""
     args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
     _, state = read_weights(os.path.join(out, "last.pt"))
     rows = state["rows"]
@@ -323,8 +334,8 @@ def report(out, control=None):
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
     if args.dense:
         return
-    print(f"tau {args.tau:.4f}, " + (f"met: the sparsest such evaluation, step {best['step']} of {args.steps}" if best else
-                                    f"not met by any evaluation: the last step, {found['step']} of {args.steps}"))
+    which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
+    print(f"tau {args.tau:.4f}, {which}, step {found['step']} of {args.steps}")
     write_json(os.path.join(out, "summary.json"), {
         "base_ce": args.base_ce, "control_ce": lines[1][1] if control else None, "sparse_ce": found["val_ce"],
         "tau": args.tau, "constraint_met": best is not None, "active_share": found["active"],
@@ -350,7 +361,8 @@ def draw_curve(rows, lines, tau, path):
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     share = [100 * row["active"] for row in rows]
     ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training")
-    ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8), ha="right")
+    ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8),
+                ha="right")
     for (name, ce, active), marker in zip(lines, ("s", "D", "*")):
         ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none", label=f"{name}: {ce:.3f}")
     ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}")
@@ -368,7 +380,8 @@ def draw_heads(by_head, path):
     image = ax.imshow(100 * by_head, cmap="Blues", vmin=0)
     for l, h in np.ndindex(L, H):
         dark = by_head[l, h] > 0.6 * by_head.max()
-        ax.text(h, l, f"{100 * by_head[l, h]:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+        ax.text(h, l, f"{100 * by_head[l, h]:.2g}", ha="center", va="center", fontsize=7,
+                color="w" if dark else "k")
     ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L), title="Active edges by head (%)")
     figure.colorbar(image, ax=ax, label="% of the allowed edges")
     figure.savefig(path, dpi=120)
