@@ -52,7 +52,8 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:    # requests' errors are OSErrors; ValueError: wrong hash
-        raise UserError(f"cannot download GPT-2's vocabulary; {OFFLINE}") from error
+        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nTIKTOKEN_CACHE_DIR names a folder that "
+                        "has it; python train.py --init scratch --data stdlib needs none") from error
 
 
 def load(source, encoding):

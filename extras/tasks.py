@@ -1,0 +1,223 @@
+"""The tasks of patching.py: sentences in pairs, and what counts as the right answer (Figures 3 to 5 of the paper).
+
+    clean, corrupt, metric = ioi(100, seed=0)      # tokens (N,T) each, and metric(logits (N,T,V)) -> (N)
+
+All sentences of a task are equally long, so that they fit one batch. `encoding` is a tiktoken.Encoding, by default
+GPT-2's. The metrics are partials of the three functions below, with arguments of one row a pair: see `select`.
+"""
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))    # extras/ stands beside the modules it builds on
+from extras.data import gpt2_encoding
+from model import UserError
+from toy_addition import ALPHABET, addition_data, split
+
+
+def logit_difference(logits, right, wrong):
+    """Logit of the right token (N) minus that of the likeliest wrong one (N,K), at the last position."""
+    last = logits[:, -1]                                                          # (N,V)
+    right, wrong = right.to(last.device), wrong.to(last.device)
+    return last.gather(1, right[:, None])[:, 0] - last.gather(1, wrong).max(1).values
+
+
+def tens_difference(logits, right, wrong):
+    """`logit_difference` at the last position but one: the tens of a sum, in both layouts."""
+    return logit_difference(logits[:, :-1], right, wrong)
+
+
+def later_years(logits, numbers, year):
+    """Probability of the two-digit tokens `numbers` (N,100) above `year` (N) minus that of the others."""
+    p = torch.softmax(logits[:, -1], -1).gather(1, numbers.to(logits.device))     # (N,100)
+    later = torch.arange(100) > year[:, None]
+    return (p * torch.where(later, 1, -1).to(p.device)).sum(1)
+
+
+def one_token(words, encoding, needed):
+    """Those of the words that are one token with the space before them."""
+    good = [" " + word for word in words.split() if len(encoding.encode_ordinary(" " + word)) == 1]
+    if len(good) < needed:
+        raise UserError(f"only {len(good)} of the words {words[:15]}... are one token in the vocabulary "
+                        f"{encoding.name}\nthis task needs {needed}; copy fits every vocabulary")
+    return good
+
+
+def encode(sentences, encoding):
+    rows = [encoding.encode_ordinary(sentence) for sentence in sentences]
+    if len({len(row) for row in rows}) > 1:
+        raise UserError(f"the sentences of this task are not equally long in the vocabulary {encoding.name}\n"
+                        "write templates for it, or take --task copy")
+    return torch.tensor(rows)
+
+
+NAMES = """Alice Anna Ben Carl Clara David Emma Eric Frank George Grace Helen Henry Jack James Jane John Julia
+    Kate Laura Leo Linda Lucy Maria Mark Martin Mary Nick Oliver Paul Peter Rachel Robert Rose Sam Sarah Simon
+    Susan Thomas Tom"""
+PLACES = """airport bakery bank beach bridge castle cinema farm garden harbour hospital hotel kitchen library
+    market museum office park restaurant school station theatre zoo"""
+OBJECTS = """ball basket bag book bottle camera coin flower gift glass guitar hammer key knife lamp letter map
+    necklace newspaper pen phone ring sandwich ticket watch"""
+IOI = ("When{a} and{b} met at the{place},{s} handed the{object} to",
+       "After{a} and{b} came to the{place},{s} passed the{object} to",
+       "While{a} and{b} sat in the{place},{s} lent the{object} to",
+       "Because{a} and{b} work at the{place},{s} brought the{object} to")
+
+
+def ioi(n, seed, corruption="abc", encoding=None):
+    """Indirect objects (Wang et al. 2022): "When A and B met at the PLACE, B handed the OBJECT to" -> A.
+
+    A and B, or B and A, at random. corruption "abc": three fresh names; "swap": the subject is A and B right.
+    Metric: logit(A) - logit(B).
+    """
+    encoding, rng = encoding or gpt2_encoding(), np.random.default_rng(seed)
+    names, places, objects = (one_token(w, encoding, k) for w, k in ((NAMES, 5), (PLACES, 1), (OBJECTS, 1)))
+    clean, corrupt, right, wrong = [], [], [], []
+    for _ in range(n):
+        template, flip = IOI[rng.integers(len(IOI))], rng.integers(2)
+        a, b, *fresh = rng.choice(names, 5, replace=False)
+        words = {"place": rng.choice(places), "object": rng.choice(objects)}
+        first, second = (b, a) if flip else (a, b)
+        clean.append(template.format(a=first, b=second, s=b, **words))
+        other = {"abc": fresh, "swap": (first, second, a)}[corruption]
+        corrupt.append(template.format(a=other[0], b=other[1], s=other[2], **words))
+        right += encoding.encode_ordinary(a)
+        wrong.append(encoding.encode_ordinary(b))
+    metric = functools.partial(logit_difference, right=torch.tensor(right), wrong=torch.tensor(wrong))
+    return encode(clean, encoding), encode(corrupt, encoding), metric
+
+
+NOUNS = """war siege reign strike project journey voyage campaign revolt marriage trial study drought famine
+    plague alliance experiment dispute truce mission expedition conflict occupation rebellion contract"""
+GREATER_THAN = ("The{noun} began in the year {century}{year} and ended in the year {century}",
+                "That{noun} started around the year {century}{year} and stopped around the year {century}",
+                "Their{noun} went on from the year {century}{year} until about the year {century}")
+
+
+def greater_than(n, seed, encoding=None):
+    """Years (Hanna et al. 2023): "The war began in the year 1732 and ended in the year 17" -> above 32.
+
+    Corruption: the first year ends in 01. Metric: probability of the two-digit tokens above the year minus that of
+    the others. Only years that split into century and two digits, in the clean and in the corrupted sentence.
+    """
+    encoding, rng = encoding or gpt2_encoding(), np.random.default_rng(seed)
+    numbers = [encoding.encode_ordinary(f"{y:02d}") for y in range(100)]          # 100 lists of one token
+    split_years = {(c, y) for c in range(11, 20) for y in range(1, 99)
+                   if encoding.encode_ordinary(f" {c}{y:02d}") == encoding.encode_ordinary(f" {c}") + numbers[y]}
+    years = sorted((c, y) for c, y in split_years if y > 1 and (c, 1) in split_years)
+    if not years or any(len(tokens) > 1 for tokens in numbers):
+        raise UserError(f"years do not split into century and two digits in the vocabulary {encoding.name}\n"
+                        "copy fits every vocabulary")
+    nouns = one_token(NOUNS, encoding, 1)
+    clean, corrupt, ends = [], [], []
+    for _ in range(n):
+        template, noun = GREATER_THAN[rng.integers(len(GREATER_THAN))], rng.choice(nouns)
+        century, year = years[rng.integers(len(years))]
+        clean.append(template.format(noun=noun, century=century, year=f"{year:02d}"))
+        corrupt.append(template.format(noun=noun, century=century, year="01"))
+        ends.append(year)
+    numbers = torch.tensor(numbers).T.expand(n, -1)                               # (N,100)
+    metric = functools.partial(later_years, numbers=numbers, year=torch.tensor(ends))
+    return encode(clean, encoding), encode(corrupt, encoding), metric
+
+
+def copy(n, seed, vocab_size=50257, length=10):
+    """Induction: random tokens x_1 ... x_length, then x_1 ... x_(length-1) again -> x_length.
+
+    Corruption: another x_length in the first half. Metric: logit(x_length) - logit(the other). All tokens of a pair
+    are different, and none is the vocabulary's last: <|endoftext|> in GPT-2 and among bytes, `?` in the toy.
+    """
+    if length + 2 > vocab_size:
+        raise UserError(f"{length + 1} different tokens cannot be drawn from a vocabulary of {vocab_size}\n"
+                        "take a smaller length")
+    rng = np.random.default_rng(seed)
+    x = torch.tensor(np.array([rng.choice(vocab_size - 1, length + 1, replace=False) for _ in range(n)]))
+    clean = torch.cat((x[:, :length], x[:, :length - 1]), 1)                      # (N,2*length-1)
+    corrupt = clean.clone()
+    corrupt[:, length - 1] = x[:, length]
+    return clean, corrupt, functools.partial(logit_difference, right=x[:, length - 1], wrong=x[:, length:])
+
+
+ARGUMENTS = """load size file last name path text user key value mode type page line word color date time count
+    index limit start end width height depth scale shape point node root table field label title owner group
+    token order price"""
+WORDS = "old new first second small large main other next final raw full local current inner outer"
+DOCSTRING = '''def load(self,{},{},{},{}):
+    """Takes the{}{}
+
+    :param{}: the{}{}
+    :param{}: the{}{}
+    :param'''
+
+
+def docstring(n, seed, encoding=None):
+    """The next argument of a Python docstring (Heimersheim & Janiak 2023): "def load(self, a, b, c, d)" -> c.
+
+    The docstring has described a and b and goes on with ":param". Corruption: four other names in the def line.
+    Metric: logit(c) minus the largest logit of the other seven names.
+    """
+    encoding, rng = encoding or gpt2_encoding(), np.random.default_rng(seed)
+    arguments, words = one_token(ARGUMENTS, encoding, 8), one_token(WORDS, encoding, 6)
+    clean, corrupt, right, wrong = [], [], [], []
+    for _ in range(n):
+        names, w = rng.choice(arguments, 8, replace=False), rng.choice(words, 6, replace=False)
+        for sentences, args in ((clean, names[:4]), (corrupt, names[4:])):
+            sentences.append(DOCSTRING.format(*args, *w[:2], names[0], *w[2:4], names[1], *w[4:]))
+        tokens = [encoding.encode_ordinary(name)[0] for name in names]
+        right.append(tokens.pop(2))
+        wrong.append(tokens)
+    metric = functools.partial(logit_difference, right=torch.tensor(right), wrong=torch.tensor(wrong))
+    return encode(clean, encoding), encode(corrupt, encoding), metric
+
+
+def addition(n, seed, layout="reversed"):
+    """Two-digit sums of toy_addition.py, held out there: does the carry reach the tens?
+
+    Corruption: the same tens digits with other units, so that the units carry if and only if they did not; the tens
+    of the sum then differ by one. Metric: logit(its tens digit) - logit(the corrupted sum's), at the tens slot.
+    """
+    rng, (idx, targets) = np.random.default_rng(seed), addition_data(layout)
+    clean = rng.choice(split()[1].numpy(), n)                                     # row 100 a + b is a + b
+
+    def carries(rows):
+        return rows // 100 % 10 + rows % 10 >= 10
+
+    rows = np.arange(10_000)
+    same_tens = [rows[(rows // 1000 == r // 1000) & (rows // 10 % 10 == r // 10 % 10)] for r in clean]
+    corrupt = np.array([rng.choice(other[carries(other) != carries(r)]) for r, other in zip(clean, same_tens)])
+    metric = functools.partial(tens_difference, right=targets[clean, -2], wrong=targets[corrupt, -2][:, None])
+    return idx[clean], idx[corrupt], metric
+
+
+TASKS = {"ioi": ioi, "greater-than": greater_than, "copy": copy, "docstring": docstring, "addition": addition}
+
+
+def make_pairs(task, n, seed, config, layout=None):
+    """The task's pairs, if they fit a model of this config. layout: how a toy checkpoint writes sums."""
+    V, T = config.vocab_size, config.block_size
+    if task == "addition":
+        if layout is None or V != len(ALPHABET):
+            raise UserError("addition needs checkpoints of toy_addition.py, which know how they write a sum\n"
+                            f"these have {V} tokens: take another --task")
+        pairs = addition(n, seed, layout)
+    elif task == "copy":
+        pairs = copy(n, seed, V, min(10, (T + 1) // 2, V - 2))
+    elif V != 50257:
+        raise UserError(f"{task} is written in GPT-2's 50257 tokens, this model has {V}"
+                        f"{' (bytes): no name or year is one token' if V == 257 else ''}\n"
+                        f"take --task {'addition or copy' if V == len(ALPHABET) else 'copy'}")
+    else:
+        pairs = TASKS[task](n, seed)
+    if pairs[0].shape[1] > T:
+        raise UserError(f"{task} has sentences of {pairs[0].shape[1]} tokens, the model reads at most {T}\n"
+                        "take another --task")
+    return pairs
+
+
+def select(clean, corrupt, metric, rows):
+    """Some of a task's pairs: its metric is a partial whose arguments have one row a pair."""
+    answers = {name: t[rows] for name, t in metric.keywords.items()}
+    return clean[rows], corrupt[rows], functools.partial(metric.func, **answers)
