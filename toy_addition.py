@@ -86,7 +86,7 @@ def keeps(found, tau):
     return found["hard_ce"] <= tau and found["accuracy"] >= KEEP
 
 
-def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=256, eval_every=50):
+def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=64, eval_every=100):
     """Minimise the cross-entropy or, given a Geco, the expected edges while the cross-entropy stays below tau.
 
     Returns the history, one dict per step: ce and, with a Geco, c_bar, lam (the one this step used), expected
@@ -97,7 +97,8 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=256, eva
     torch.manual_seed(seed)                        # the gates (see sample_gates)
     # A short memory of squared gradients, 0.95: a gate that drops a needed edge makes a spike, and at 0.999 the
     # spikes of the last thousand steps would scale away the small, steady pull on the gates of idle edges.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-5 if geco else 1e-8,
+                                  weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps)))    # warm-up, cosine down to a tenth
     history, best, weights = [], math.inf, None
@@ -110,7 +111,7 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=256, eva
             edges = out.expected_edges.mean()
             loss = geco.objective(edges, out.loss)
             row |= {"lam": geco.lam, "expected": edges.item() * allowed_edges(model.config)}
-            geco.update(row["ce"])
+            geco.update(min(row["ce"], 2 * geco.tau))    # one unlucky draw of the gates must not throw lam about
             row["c_bar"] = geco.average
         optimizer.zero_grad()
         loss.backward()
@@ -215,8 +216,9 @@ def draw_training(dense, sparse, tau, path):
 def run(args):
     started = time.time()
     # Edges are a share here, so at lam = 1 an edge is worth 1 / allowed_edges nats. A higher ceiling lets the loss
-    # drown out the pull on idle edges while it recovers from the first shock of the gates.
-    geco = Geco(args.tau, rate=0.01 / args.tau, decay=0.9, lam_range=(0.02, 1.0))
+    # drown out the pull on idle edges while it recovers from the first shock of the gates; below the floor needed
+    # edges go faster than lam can answer. The gain damps: lam triples as soon as the loss is tau too high.
+    geco = Geco(args.tau, rate=0.01 / args.tau, decay=0.9, lam_range=(0.01, 3.0), gain=1 / args.tau)
     make_folder(args.out)
     idx, targets = addition_data(args.layout)
     train_rows, held_out = split()
@@ -229,7 +231,7 @@ def run(args):
     dense_history = train(dense, *known, args.dense_steps, lr=3e-3, seed=args.seed, batch_size=128)
     sparse = GPT(dataclasses.replace(config, gated=True, gate_bias=args.gate_bias))
     sparse.load_state_dict(dense.state_dict())
-    sparse_history = train(sparse, *known, args.steps, lr=1e-3, seed=args.seed, geco=geco)
+    sparse_history = train(sparse, *known, args.steps, lr=1.5e-3, seed=args.seed, geco=geco)
 
     models = {"dense": dense, "sparse": sparse}
     found = {name: evaluate(model, idx[held_out], targets[held_out]) for name, model in models.items()}
@@ -268,10 +270,10 @@ def main():
     for name, kind, default, about in (
         ("--seed", between(int, 0, 2**31), 0, "of the initial weights, the batches and the gates"),
         ("--out", str, "runs/addition", "folder for pictures, checkpoints and summary.json"),
-        ("--tau", between(float, 1e-6, 10.0), 0.015, "target cross-entropy, nats per answer digit"),
+        ("--tau", between(float, 1e-6, 10.0), 0.02, "target cross-entropy, nats per answer digit"),
         ("--gate-bias", between(float, 0, 100.0), 2.0, "b: how far open the gates start"),
         ("--dense-steps", between(int, 1, 10**7), 2500, "training steps without gates"),
-        ("--steps", between(int, 1, 10**7), 4000, "training steps with gates"),
+        ("--steps", between(int, 1, 10**7), 10_000, "training steps with gates"),
     ):
         parser.add_argument(name, type=kind, default=default, help=about)
     parser.add_argument("--layout", choices=SLOTS, default="reversed", help="how a sum is written: see the file's top")
