@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from gates import reference_sparse_attention, sample_gates, sparse_attention
+import gates
+from gates import draw_words, edge_noise, reference_sparse_attention, sample_gates, sparse_attention
 
 ATTENTIONS = [reference_sparse_attention, sparse_attention]
 OPEN = 100.0    # a gate bias at which sigmoid is 1 even in float64's last digits
@@ -45,13 +48,29 @@ def by_loops(q, k, v, b, causal, u=None):
     return y, expected, active
 
 
+def draws(attention, B, H, T, seed):
+    """The uniform draws (B,H,T,T) of an attention's gates in float64, if its call comes right after this seed."""
+    torch.manual_seed(seed)
+    if attention is reference_sparse_attention:
+        return torch.rand(B, H, T, T, dtype=torch.float64).numpy()
+    rows, keys = draw_words(B * H, T, "cpu").numpy().astype(np.int64)
+    products = (rows[:, :, None] * keys[:, None, :]).reshape(B, H, T, T)    # exact: 31 + 31 bits
+    return ((products + 2**31) % 2**32) / 2**32                             # in [0, 1) by definition of %
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that short sequences are cut in every way: rows, heads, and what is left over of both."""
+    monkeypatch.setattr(gates, "ROWS", 4)
+    monkeypatch.setattr(gates, "CELLS", {"cpu": 4 * 11 * 2})
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sample", [True, False])
-def test_attention_is_the_definition(attention, causal, sample):
+def test_attention_is_the_definition(attention, causal, sample, small_blocks):
     q, k, v = qkv()
-    torch.manual_seed(1)
-    u = torch.rand(2, 3, 7, 7, dtype=torch.float64).numpy() if sample else None
+    u = draws(attention, 2, 3, 7, seed=1) if sample else None
     torch.manual_seed(1)
     out = attention(q, k, v, 0.3, causal, sample)
     for ours, loops in zip(out, by_loops(q, k, v, 0.3, causal, u)):
@@ -104,6 +123,114 @@ def test_nothing_crosses_the_causal_mask(attention, sample):
         assert torch.equal(changed[:, :, :i + 1], y[:, :, :i + 1])
 
 
+def outputs_and_gradients(attention, q, k, v, wy, we, *options):
+    y, expected, active = attention(q, k, v, *options)
+    loss = (y.double() * wy).sum() + (expected.double() * we).sum()
+    return [y, expected, active, *torch.autograd.grad(loss, (q, k, v))]
+
+
+@pytest.mark.parametrize("T", [1, 3, 4, 11, 130])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_blockwise_is_the_reference(T, causal, sample, dtype, digits, small_blocks, monkeypatch):
+    """Five heads: not divisible by the block's two. In float32 an edge at g + n = 0 may fall to either side; none
+    of these draws has one. bfloat16: inputs and y are rounded, as under autocast; scores and gates are not."""
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in qkv(B=1, H=5, T=T))
+    weights = torch.randn(1, 5, T, 4, dtype=torch.float64), torch.randn(1, 5, dtype=torch.float64) * T
+    u = torch.from_numpy(draws(sparse_attention, 1, 5, T, seed=5))
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = outputs_and_gradients(sparse_attention, q, k, v, *weights, 0.4, causal, sample)
+        monkeypatch.setattr(torch, "rand_like", lambda x: u.to(x.dtype))
+        theirs = outputs_and_gradients(reference_sparse_attention, q, k, v, *weights, 0.4, causal, sample)
+    assert T < 11 or 0.1 < ours[2].mean() < 0.95    # open and closed gates are both there
+    for a, b in zip(ours, theirs):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a, b, atol=digits, rtol=digits)
+
+
+def test_blockwise_gradients_are_finite_differences_where_it_is_smooth(small_blocks):
+    """The expected edges are smooth everywhere, y where no gate is near its threshold."""
+    q, k, v = qkv(B=1, H=3, T=6, D=2)
+    assert torch.autograd.gradcheck(lambda q, k: sparse_attention(q, k, v, 0.3)[1], (q, k))
+    assert torch.autograd.gradcheck(lambda q, k, v: sparse_attention(q, k, v, OPEN)[0], (q, k, v))
+
+
+def test_recomputed_activations_draw_the_same_gates(small_blocks):
+    """Activation checkpointing runs the layer twice; both runs must see the same gates."""
+    q, k, v = qkv(T=11)
+    grads = []
+    for layer in (sparse_attention, lambda *inputs: checkpoint(sparse_attention, *inputs, use_reentrant=False)):
+        torch.manual_seed(6)
+        y, expected, _ = layer(q, k, v, 0.5, True, True)
+        grads.append(torch.autograd.grad(y.square().sum() + expected.sum(), (q, k, v)))
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation inside returns."""
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+@pytest.mark.parametrize("attention, growth", [(reference_sparse_attention, 16), (sparse_attention, 4)])
+def test_memory_grows_linearly_with_length(attention, growth, monkeypatch):
+    """Four times the length: four times the largest tensor, forward and backward; sixteen times in the definition."""
+    monkeypatch.setattr(gates, "ROWS", 16)
+    monkeypatch.setattr(gates, "CELLS", {"cpu": 1})
+    largest = []
+    for T in (64, 256):
+        with LargestTensor() as mode:
+            y, expected, _ = attention(*qkv(B=1, H=1, T=T, D=2), 0.5, True, True)
+            (y.sum() + expected.sum()).backward()
+        largest.append(mode.elements)
+    assert largest[1] == growth * largest[0]
+
+
+def noise(T, seed):
+    torch.manual_seed(seed)
+    rows, keys = draw_words(1, T, "cpu")[:, 0]
+    out = torch.empty(T, T, dtype=torch.int32), torch.empty(T, T, dtype=torch.float64)
+    return edge_noise(rows[:, None], keys[None], *out).numpy()
+
+
+def test_edge_noise_is_uniform():
+    """256 equal cells, and every row and column by itself: chi-square and means within 5 standard errors."""
+    u = noise(1024, seed=7)
+    assert 0 < u.min() and u.max() < 1
+    counts = np.histogram(u, bins=256, range=(0, 1))[0]
+    assert abs(((counts - 4096) ** 2 / 4096).sum() - 255) < 5 * math.sqrt(2 * 255)
+    for axis in (0, 1):
+        assert abs(u.mean(axis) - 0.5).max() < 5 / math.sqrt(12 * 1024)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.1])
+def test_edge_noise_is_independent_between_edges(p):
+    """T^2 numbers from 2 T words are not independent for free. A table of independent gates, scaled to variance 1,
+    has the largest singular value 2 sqrt(T); shared structure of rows, columns or cells of any shape adds to it.
+    Pairs of rows and of columns must be uncorrelated, in sum and each."""
+    T, q = 1024, 1 - p
+    table = ((noise(T, seed=8) < p) - p) / math.sqrt(p * q)
+    assert np.linalg.norm(table, 2) < 1.1 * 2 * math.sqrt(T)
+    for side in (table, table.T):
+        correlation = side @ side.T / math.sqrt(T)    # (T,T) standard errors
+        pairs = correlation[np.triu_indices(T, 1)]
+        assert abs((pairs**2).mean() - 1) < 0.05
+        assert abs(pairs).max() < 8
+    quadruples = np.histogramdd(np.stack([noise(T, seed=9)[i::2, j::2].ravel() for i in (0, 1) for j in (0, 1)]).T,
+                                bins=[np.linspace(0, 1, 5)] * 4)[0]               # 2 x 2 cells, 4^4 boxes
+    mean = quadruples.mean()
+    assert abs(((quadruples - mean) ** 2 / mean).sum() - 255) < 5 * math.sqrt(2 * 255)
+
+
 def test_gates_are_bits_drawn_with_probability_sigmoid():
     logits = torch.linspace(-4, 4, 9)
     draws = 20_000
@@ -140,8 +267,8 @@ def test_layer_gradient_is_that_of_its_smooth_surrogate(attention, sample):
     g0, n0 those of the forward pass. That surrogate is smooth, so finite differences can check autograd."""
     q, k, v = qkv(B=1, H=1, T=5)
     wy, we, b = torch.randn(1, 1, 5, 4, dtype=torch.float64).numpy(), 0.7, 0.2
-    torch.manual_seed(4)
-    noise = torch.logit(torch.rand(1, 1, 5, 5, dtype=torch.float64)).numpy()[0, 0] if sample else np.zeros((5, 5))
+    u = draws(attention, 1, 1, 5, seed=4)[0, 0]
+    noise = np.log(u) - np.log1p(-u) if sample else np.zeros((5, 5))
     torch.manual_seed(4)
     y, expected, _ = attention(q, k, v, b, True, sample)
     (y * torch.from_numpy(wy)).sum().add(we * expected.sum()).backward()
