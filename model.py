@@ -103,6 +103,23 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), expected, active
 
 
+def cross_entropy(logits, targets, cells=2**24):
+    """Mean nats per counted target, in float32. logits (B,T,V), targets (B,T), -1 where a position does not count.
+
+    With a large vocabulary the logits are the largest tensor there is. No float32 copy of it is made: `cells`
+    logits at a time, and once more in the backward pass.
+    """
+    def nats(logits, targets):
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
+
+    logits, targets = logits.flatten(0, 1), targets.flatten()                        # (B T,V), (B T)
+    rows = max(1, cells // logits.shape[1])
+    if rows >= len(logits):
+        return nats(logits, targets) / (targets != -1).sum()
+    parts = zip(logits.split(rows), targets.split(rows))
+    return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts) / (targets != -1).sum()
+
+
 class GPT(nn.Module):
     def __init__(self, config, generator=None):
         """A model with GPT-2's random initial weights, drawn from `generator` (default: torch's global one)."""
@@ -137,9 +154,7 @@ class GPT(nn.Module):
             expected.append(e)
             active.append(a)
         logits = F.linear(self.ln_f(x), self.wte.weight)             # (B,T,V)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = None if targets is None else cross_entropy(logits, targets)
         return Output(logits, loss, torch.stack(expected), torch.stack(active))
 
     @torch.no_grad()

@@ -6,9 +6,10 @@ import struct
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, UserError, cross_entropy, load_checkpoint, save_checkpoint
 
 TINY = dict(block_size=12, vocab_size=31, n_layer=2, n_head=3, n_embd=24)
 CONFIG_JSON = {"model_type": "gpt2", "n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 12, "vocab_size": 31,
@@ -120,6 +121,37 @@ def test_loss_is_nats_per_counted_position():
     logits = out.logits[0].detach().double().numpy()
     nats = [np.log(np.exp(row).sum()) - row[t] for row, t in zip(logits, targets) if t != -1]
     assert out.loss.item() == pytest.approx(np.mean(nats), rel=1e-6)
+
+
+class Float32Sizes(TorchDispatchMode):
+    """Sizes of all float32 tensors that operations inside return."""
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor) and t.dtype == torch.float32:
+                self.sizes.add(t.numel())
+        return result
+
+
+@pytest.mark.parametrize("cells", [1, 21, 69, 1000])    # one row a part, three rows, nine, all ten
+def test_loss_in_parts_is_the_loss(cells):
+    logits = torch.randn(2, 5, 7, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(7, (2, 5))
+    targets[0, 1] = -1
+    wide = logits.detach().double().requires_grad_()
+    log_p = wide - wide.exp().sum(-1, keepdim=True).log()                # written out, in float64
+    exact = -log_p[targets >= 0].gather(1, targets[targets >= 0][:, None]).mean()
+    exact.backward()
+    with Float32Sizes() as seen:
+        loss = cross_entropy(logits, targets, cells)
+        loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), abs=1e-6)
+    torch.testing.assert_close(logits.grad.double(), wide.grad, atol=1e-3, rtol=1e-2)    # rounded to bfloat16
+    assert max(seen.sizes) <= max(cells, 7)                              # no float32 copy of all 70 logits
 
 
 def test_gpt2s_initialisation():

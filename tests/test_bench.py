@@ -1,0 +1,46 @@
+"""extras/bench.py: the table it prints, and that its memory column measures memory."""
+import time
+
+import pytest
+
+from extras import bench
+
+
+def test_it_prints_a_table_and_draws_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "training_steps", lambda device: {"dense": lambda: time.sleep(0.01),
+                                                                 "sparse": lambda: time.sleep(0.03)})
+    monkeypatch.setattr(bench, "in_own_process", lambda name, T, device, dtype: {"plain": 7, "ours": 3, "dense": 2}[name] << 20)
+    monkeypatch.setattr("sys.argv", ["bench.py", "--lengths", "8", "16", "--repeats", "1", "--plain-up-to", "8",
+                                     "--device", "cpu", "--plot", str(tmp_path / "new" / "bench.png")])
+    bench.main()
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")][2:]
+    assert [int(row[0]) for row in rows] == [8, 16]
+    plain, ours, dense = (float(cell) for cell in rows[0][1:4])
+    assert float(rows[0][4].rstrip(" x")) == pytest.approx(plain / ours, abs=0.2)
+    assert float(rows[0][5].rstrip(" x")) == pytest.approx(ours / dense, rel=0.5)
+    assert [int(cell) for cell in rows[0][6:]] == [7, 3, 2]    # MiB
+    assert rows[1][1].strip() == rows[1][4].strip() == "-"      # the plain one only up to 8
+    assert "3.0" in printed.splitlines()[-1] or "2." in printed.splitlines()[-1]
+    assert (tmp_path / "new" / "bench.png").stat().st_size > 10_000
+
+
+def test_the_attentions_take_turns():
+    calls = []
+    times = bench.alternate({"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.02))},
+                            "cpu", repeats=2)
+    assert calls == ["a", "b"] * 3 and times["b"] > 0.02 > times["a"]
+
+
+def test_the_definition_needs_the_memory_of_its_matrices():
+    """At T = 512 one float32 score matrix of all heads of 8 sequences takes 96 MiB, and autograd keeps several."""
+    plain, ours = (bench.in_own_process(name, 512, "cpu", bench.torch.float32) / 2**20 for name in ("plain", "ours"))
+    assert plain > 3 * 96 and ours < 96
+
+
+def test_bad_input_is_told_in_a_line(monkeypatch, capsys):
+    for arguments in (["--lengths", "0"], ["--repeats", "x"], ["--plot", "/proc/nothing/x.png"]):
+        monkeypatch.setattr("sys.argv", ["bench.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            bench.main()
+        assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
