@@ -1,6 +1,6 @@
 """GPT-2 in one file, with a binary gate on every attention edge if asked for (config.gated).
 
-Read it bottom-up: config, attention, MLP, block, GPT; then how weights get in and out of files.
+Read it bottom-up: config, attention, MLP, block, GPT. How files of weights are read is in extras/files.py.
 GPT-2 exactly: LayerNorm first, learned positions, biases, tanh-GELU, tied head, and GPT-2's own parameter
 names, so that pretrained weights load by name. Gates behave like dropout: `model.train()` samples them,
 `model.eval()` takes A = [g > 0].
@@ -10,16 +10,9 @@ names, so that pretrained weights load by name. Gates behave like dropout: `mode
 
 Shapes: B batch, T positions, C width, H heads, D = C/H head size, L layers, V vocabulary.
 """
-import argparse
 import dataclasses
-import http.client
-import json
 import math
 import os
-import pickle
-import re
-import struct
-import tempfile
 from typing import NamedTuple, Optional
 
 import torch
@@ -27,11 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from extras.files import GPT2_SHA256, UserError, download, from_gpt2_layout, infer_config, read_weights
 from gates import sparse_attention
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: its message says in two lines what is wrong and what to do."""
 
 
 @dataclasses.dataclass
@@ -228,9 +218,6 @@ class GPT(nn.Module):
         return model.eval()
 
 
-# ---- Files. What is read becomes (tensors by name, metadata). The metadata is the rest of a checkpoint of
-# ours, or Hugging Face's config.json under the key "config.json".
-
 def save_checkpoint(model, path, **extra):
     """Write {"config", "model", **extra} to path, all at once or not at all.
 
@@ -247,161 +234,3 @@ def save_checkpoint(model, path, **extra):
 
 
 load_checkpoint = GPT.from_pretrained    # a checkpoint of ours is one more layout that it reads
-
-
-def make_folder(path):
-    """Create the output folder, or say at once, before hours of training, that nothing can be written there."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}\npass another folder with --out") from error
-
-
-def between(kind, low, high):
-    """A type for argparse: an int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:      # nan is not between them either
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    parse.__name__ = kind.__name__    # argparse names it where the text is no number at all
-    return parse
-
-
-GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
-GPT2_SHA256 = {    # None: not known to us
-    "gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-    "gpt2-medium": None, "gpt2-large": None, "gpt2-xl": None,
-}
-
-
-def download(name):
-    """Path of GPT-2's weights in torch.hub's cache, fetched on the first call."""
-    url, folder = GPT2_URL.format(name), os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, f"{name}.safetensors")
-    if not os.path.exists(path):
-        try:
-            os.makedirs(folder, exist_ok=True)
-            torch.hub.download_url_to_file(url, path, hash_prefix=GPT2_SHA256[name])
-        except (OSError, http.client.HTTPException, RuntimeError) as error:    # RuntimeError: wrong hash
-            raise UserError(f"cannot download {url}: {error}\nDownload it elsewhere and pass its path instead "
-                            f"of '{name}', or put it at {path}") from error
-    return path
-
-
-BAD_PICKLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, TypeError,
-              AttributeError, AssertionError, struct.error)    # all seen from torch.load on damaged files
-REQUIRED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}
-
-
-def first_line(error):
-    return str(error).partition("\n")[0][:160]
-
-
-def read_weights(path):
-    """A folder, a single file or the index of a sharded one -> (tensors by name, metadata)."""
-    if os.path.isdir(path):
-        names = [n + end for n in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
-        files = [os.path.join(path, n) for n in names if os.path.exists(os.path.join(path, n))]
-        if not files:
-            raise UserError(f"no weights in the folder {path}\nexpected one of {', '.join(names)}")
-        path = files[0]
-    if not os.path.exists(path):
-        raise UserError(f"no such file or folder: {path}\nexpected a path, or one of {', '.join(GPT2_SHA256)}")
-    config = os.path.join(os.path.dirname(path), "config.json")
-    meta = {"config.json": read_json(config)} if os.path.exists(config) else {}
-    if path.endswith(".index.json"):
-        tensors = {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
-            tensors.update(read_weights(os.path.join(os.path.dirname(path), shard))[0])
-        return tensors, meta
-    if path.endswith(".safetensors"):
-        return read_safetensors(path), meta
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except BAD_PICKLE as error:
-        raise UserError(f"{path} is truncated, or holds more than tensors and plain values\n"
-                        f"{type(error).__name__}: {first_line(error)}") from error
-    if isinstance(tensors, dict) and {"config", "model"} <= tensors.keys():
-        tensors, meta = tensors.pop("model"), tensors
-        if not isinstance(meta["config"], dict) or not REQUIRED <= meta["config"].keys():
-            raise UserError(f"{path} is the checkpoint of another program\n"
-                            "expected one of ours, or a state dict")
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
-        raise UserError(f"{path} holds no tensors by name\nexpected a state dict or a checkpoint of ours")
-    return tensors, meta
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if not isinstance(content, dict):
-            raise ValueError("expected a JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}\n{first_line(error)}") from error
-    return content
-
-
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                      "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_safetensors(path):
-    """The format: header length (8 bytes, little-endian), header (JSON), then the raw data of all tensors."""
-    try:
-        with open(path, "rb") as file:
-            size, length = os.path.getsize(path), int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"its header would be {length} bytes long, the file is {size}")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                if 8 + length + end > size:
-                    raise ValueError(f"{name} would end at byte {8 + length + end}, the file at {size}")
-                dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
-                if dtype is None:
-                    raise ValueError(f"{name} has the unsupported type {entry['dtype']}")
-                file.seek(8 + length + begin)
-                raw = bytearray(file.read(end - begin))    # a copy: the file's offsets are not aligned
-                tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is truncated, or no safetensors file that can be read here\n"
-                        f"{first_line(error)}") from error
-    return tensors
-
-
-def from_gpt2_layout(tensors, path):
-    """Hugging Face's GPT-2 -> our names and layout: no prefix, no masks, no second head, Linear weights."""
-    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    tensors = {name: t for name, t in tensors.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in tensors and not torch.equal(head, tensors["wte.weight"]):
-        raise UserError(f"{path} has an output head of its own\nexpected GPT-2's: lm_head.weight = wte.weight")
-    conv1d = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")    # these are stored (in, out)
-    return {name: t.t().contiguous() if conv1d.search(name) and t.ndim == 2 else t
-            for name, t in tensors.items()}
-
-
-def infer_config(tensors, meta, path, n_head=None):
-    """GPTConfig's fields from the tensors' shapes; the number of heads from config.json, else D = 64."""
-    hf = meta.get("config.json", {})
-    wanted = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    for key, value in wanted.items():
-        if hf.get(key, value) != value:
-            raise UserError(f"{path}: config.json has {key}={hf[key]}\nexpected GPT-2's {key}={value}")
-    for name in ("wte.weight", "wpe.weight"):
-        if name not in tensors or tensors[name].ndim != 2:
-            raise UserError(f"{path} does not fit this GPT: {name} is missing or no matrix\n"
-                            "expected GPT-2's tensors")
-    (V, C), T = tensors["wte.weight"].shape, tensors["wpe.weight"].shape[0]
-    layers = {int(m[1]) for m in (re.match(r"h\.(\d+)\.", name) for name in tensors) if m}
-    n_head = n_head or hf.get("n_head") or (C // 64 if C % 64 == 0 else None)
-    if n_head is None:
-        raise UserError(f"{path}: the number of heads is unknown (width {C}, no config.json)\npass n_head=...")
-    n_layer = max(max(layers, default=-1) + 1, hf.get("n_layer", 0))    # a layer that is not there gets named
-    return dict(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=C)

@@ -34,18 +34,15 @@ import json
 import math
 import os
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from extras.figures import draw_circuits, draw_effects
+from extras.files import UserError, between, make_folder, read_weights
 from extras.tasks import TASKS, addition, copy, docstring, greater_than, ioi, make_pairs, select
-from model import GPT, UserError, between, make_folder, read_weights
-
-matplotlib.use("Agg")    # draws into files, needs no screen
-import matplotlib.pyplot as plt
-from matplotlib.collections import LineCollection
+from model import GPT
 
 SHARE = 0.9        # of the effect that a circuit must explain
 USABLE = 0.1       # least m(clean) - m(corrupt) of a pair that has an effect to explain, in the metric's units
@@ -385,63 +382,6 @@ def measure(model, pairs, seed):
     return found
 
 
-STYLES = {"dense": dict(color="black", ls="-", lw=2.2, marker="o"),
-          "sparse": dict(color="C1", ls="--", lw=1.6, marker="s")}
-
-
-def draw_curves(found, curve, of, title, path):
-    """Figures 3 and 4a: a curve over the number of heads; or of edges, beside what a run with them alone gives."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for ax, kind in zip(axes, KINDS):
-        for name, f in found.items():
-            y, style = f[f"{curve}, {kind}"], dict(STYLES[name], ms=4)
-            label = f"{name}: {curve}, {SHARE:.0%} at {f[f'{of}, {kind}']} {of}"
-            if of == "heads":
-                ax.plot(range(len(y)), y, label=label, **style)
-                ax.xaxis.get_major_locator().set_params(integer=True)
-            else:
-                kept = f[f"kept circuit, {kind}"]
-                ax.semilogx(range(1, len(y)), y[1:], label=label, **style | dict(marker=""))
-                ax.semilogx(kept.keys(), kept.values(), label=f"{name}: effect of these edges alone",
-                            **style | dict(ls=":", lw=0.8, mfc="white"))
-                ax.set_ylim(-0.3, 1.5)
-        ax.axhline(SHARE, color="0.6", lw=0.8)
-        ax.set(xlabel=f"number of {of}, best first", title=f"{kind} ranking")
-        ax.legend(fontsize=8)
-    axes[0].set_ylabel("share of m(clean) - m(corrupt)" + (", or of all |scores|" if of == "edges" else ""))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_circuits(found, config, title, path):
-    """Figure 4b: the edges that hold SHARE of the mean |scores|, on a grid of heads with the MLPs to the right."""
-    L, H = config.n_layer, config.n_head
-    grid = [(h + 0.5 * (h == H), l + 0.45 * (h == H)) for l in range(L) for h in range(H + 1)]
-    place = [((H - 1) / 2, -1), *grid, ((H - 1) / 2, L)]                           # as in `nodes`
-    figure, axes = plt.subplots(1, 2, figsize=(2 * min(4 + H, 9), min(3 + L, 10)), layout="constrained")
-    for ax, (name, f) in zip(axes, found.items()):
-        mean = f["edge scores"] / f["edge scores"].abs().max()
-        edges = top_edges(mean, f["edges, global"] or 0, config).nonzero().tolist()
-        ax.add_collection(LineCollection(
-            [(place[s], place[d + 1]) for s, d in edges], colors="0.2",
-            linewidths=[0.15 + 4 * mean[s, d].abs().item() for s, d in edges],
-            linestyles=["-" if mean[s, d] > 0 else "--" for s, d in edges]))
-        used = {node for s, d in edges for node in (s, d + 1)}
-        for node, (x, y) in enumerate(place):
-            colour = "0.6" if node in used else "white"
-            ax.plot(x, y, "s" if x > H else "o", ms=9, mec="black", mfc=colour, zorder=3)
-        for text, at, below in (("embedding", place[0], -16), ("logits", place[-1], 9)):
-            ax.annotate(text, at, (0, below), textcoords="offset points", ha="center")
-        ax.set(xlabel="head", ylabel="layer", xlim=(-0.7, H + 1.2), ylim=(-1.6, L + 0.6),
-               title=f"{name}: {len(edges):,} of {len(edge_names(config)):,} edges")
-        ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
-        ax.set_yticks(range(L))
-    figure.suptitle(f"{title}: edges with {SHARE:.0%} of the mean |scores|; width by |score|, dashed below 0")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def load_models(args):
     """{"dense": model, "sparse": model} on the device, and the layout of sums if they are the toy's."""
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
@@ -503,9 +443,16 @@ def compare(args):
     print("\n".join(notes))
 
     title = f"{args.task}, {usable.sum()} pairs, dense beside sparse"
-    draw_curves(found, "explained effect", "heads", title, os.path.join(args.out, "heads.png"))
-    draw_curves(found, "share of scores", "edges", title, os.path.join(args.out, "edges.png"))
-    draw_circuits(found, config, title, os.path.join(args.out, "circuit.png"))
+    for of in ("heads", "edges"):
+        draw_effects(found, of, SHARE, title, os.path.join(args.out, f"{of}.png"))
+    circuits = {}
+    for name, f in found.items():    # the edges that hold SHARE of the mean |scores|
+        scores = f["edge scores"]
+        chosen = top_edges(scores, f["edges, global"] or 0, config).nonzero().tolist()
+        circuits[name] = [(s, d + 1, scores[s, d].item()) for s, d in chosen]
+    draw_circuits(circuits, config.n_layer, config.n_head, len(edge_names(config)),
+                  f"{title}: edges with {SHARE:.0%} of the mean |scores|; width by |score|, dashed below 0",
+                  os.path.join(args.out, "circuit.png"))
     with open(os.path.join(args.out, "scores.json"), "w", encoding="utf-8") as file:
         json.dump({**vars(args), "notes": notes, "sources": nodes(config)[:-1], "destinations": nodes(config)[1:],
                    **found}, file, default=torch.Tensor.tolist)

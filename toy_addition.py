@@ -13,21 +13,17 @@ One character is one token, and the answer is not fed back: its slots are `?` on
 import argparse
 import copy
 import dataclasses
-import json
 import math
 import os
 import time
 
-import matplotlib
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from extras.figures import draw_attention, draw_training
+from extras.files import UserError, between, make_folder, write_json
 from geco import Geco
-from model import GPT, GPTConfig, UserError, between, make_folder, save_checkpoint
-
-matplotlib.use("Agg")    # draws into files, needs no screen
-import matplotlib.pyplot as plt
+from model import GPT, GPTConfig, save_checkpoint
 
 ALPHABET = "0123456789+=?"
 SLOTS = {"reversed": 3, "paper": 5}
@@ -153,64 +149,22 @@ def find_carry_edge(model, idx, train_rows, held_out):
     return edge, with_carry[edge].item(), without[edge].item()
 
 
-def draw_attention(models, layout, path):
-    """Figure 1: the attention of three sums, dense beside sparse, every layer and head."""
+def attention_rows(models, layout):
+    """Figure 1, for draw_attention: the maps of three sums, a row each, dense beside sparse, every layer and head."""
     places = ["units", "tens", "hundreds", "thousands", "ten thousands"][:SLOTS[layout]]
-    L, H = models["dense"].config.n_layer, models["dense"].config.n_head
-    figure, axes = plt.subplots(len(EXAMPLES), 2 * L * H, squeeze=False, layout="constrained",
-                                figsize=(2.9 * 2 * L * H, 2.9 * len(EXAMPLES) + 1))
-    idx, _ = addition_data(layout)
-    for row, (name, (a, b)) in zip(axes, EXAMPLES.items()):
-        question, answer = encode(a, b, layout)
-        for half, (kind, model) in enumerate(models.items()):
+    idx, rows = addition_data(layout)[0], []
+    for name, (a, b) in EXAMPLES.items():
+        question, panels = encode(a, b, layout)[0], []
+        for kind, model in models.items():
             model.eval()
-            sums = idx[100 * a + b:100 * a + b + 1]
-            maps = model.attention_maps(sums)[:, 0].flatten(0, 1)                     # (L*H,T,T)
-            digits = [ALPHABET[n] for n in model(sums).logits[0, -SLOTS[layout]:].argmax(-1)]
-            ordered = places if layout == "reversed" else places[::-1]
-            slots = [f"{place} {digit}" for place, digit in zip(ordered, digits)]
-            for n, weights in enumerate(maps):
-                ax = row[half * L * H + n]
-                if models["dense"].config.causal:    # grey: keys that come later cannot be read
-                    weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
-                    ax.set_facecolor("0.88")
-                image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-                for i, j in np.argwhere(np.ma.filled(weights, 0) > 0) if kind == "sparse" else ():
-                    ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1.2))
-                ax.set_xticks(range(len(question)), question)
-                ax.set_yticks(range(len(question)), list(question[:6]) + slots, fontsize=8)
-                ax.set_title(f"{kind}, layer {n // H}" + (f", head {n % H}" if H > 1 else ""), fontsize=10)
-                ax.tick_params(length=0)
-        row[0].set_ylabel(f"{a} + {b} = {a + b}\n{name}\n\nreading position", fontsize=11)
-    for ax in axes[-1]:
-        ax.set_xlabel("position read", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01, label="attention weight of the edge (boxed: gate open)")
-    figure.suptitle("Two-digit addition: where each position reads from, dense beside sparse attention")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_training(dense, sparse, tau, path):
-    """Cross-entropy, multiplier and edges over both phases; the gates are switched on at step 0."""
-    figure, (ce, lam, edges) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    steps, evaluated = [row["step"] for row in sparse], [row for row in sparse if "hard_ce" in row]
-    at = [row["step"] for row in evaluated]
-    before = [row["step"] - len(dense) for row in dense]
-    ce.semilogy(before, [row["ce"] for row in dense], "0.6", label="dense, batch")
-    ce.semilogy(steps, [row["ce"] for row in sparse], "C0", lw=0.5, label="sampled gates, batch")
-    ce.semilogy(at, [row["hard_ce"] for row in evaluated], "k", lw=1.2, label="hard gates, all training sums")
-    ce.axhline(tau, color="C3", ls="--", label=f"tau = {tau}")
-    ce.set(ylabel="cross-entropy (nats per digit)", ylim=(1e-5, 5))
-    ce.set_title("Two-digit addition: dense, then sparse under GECO")
-    lam.semilogy(steps, [row["lam"] for row in sparse], "C0")
-    lam.set(ylabel="multiplier lambda")
-    edges.semilogy(steps, [row["expected"] for row in sparse], "C0", lw=0.8, label="expected: sum of sigmoid(g)")
-    edges.semilogy(at, [row["active"] for row in evaluated], "k", lw=1.2, label="active, hard gates")
-    edges.set(ylabel="edges per sum", xlabel="step (0: the gates are switched on)")
-    for ax in (ce, edges):
-        ax.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            one_sum, H = idx[100 * a + b][None], model.config.n_head
+            digits = [ALPHABET[n] for n in model(one_sum).logits[0, -SLOTS[layout]:].argmax(-1)]
+            slots = [f"{place} {digit}" for place, digit in zip(places[::1 if layout == "reversed" else -1], digits)]
+            for n, weights in enumerate(model.attention_maps(one_sum)[:, 0].flatten(0, 1).numpy()):    # (T,T)
+                panels.append((f"{kind}, layer {n // H}, head {n % H}", weights, [*question[:6], *slots], question,
+                               kind == "sparse"))
+        rows.append((f"{a} + {b} = {a + b}\n{name}\n\nreading position", panels))
+    return rows
 
 
 def run(args):
@@ -248,11 +202,11 @@ def run(args):
     }
     for name, model in models.items():
         save_checkpoint(model, os.path.join(args.out, f"{name}.pt"), layout=args.layout)
-    draw_attention(models, args.layout, os.path.join(args.out, "addition.png"))
+    draw_attention(attention_rows(models, args.layout), config.causal, "Two-digit addition: where each position reads "
+                   "from, dense beside sparse attention", os.path.join(args.out, "addition.png"))
     draw_training(dense_history, sparse_history, args.tau, os.path.join(args.out, "training.png"))
     summary["seconds"] = round(time.time() - started, 1)
-    with open(os.path.join(args.out, "summary.json"), "w", encoding="utf-8") as file:
-        json.dump(summary, file, indent=2)
+    write_json(os.path.join(args.out, "summary.json"), summary)
 
     print(f"\non the {len(held_out)} held-out sums    dense     sparse (hard gates)")
     print(f"right in every digit       {found['dense']['accuracy']:7.2%}   {found['sparse']['accuracy']:7.2%}")

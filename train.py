@@ -16,7 +16,6 @@ Nothing random has a state that outlives a step: the batches of step n follow fr
 import argparse
 import copy
 import csv
-import json
 import math
 import os
 import signal
@@ -26,7 +25,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import lru_cache
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -35,11 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from extras.data import byte_encoding, gpt2_encoding, load
+from extras.figures import draw_attention, draw_curve, draw_heads
+from extras.files import UserError, between, make_folder, read_json, read_weights, write_json
 from geco import Geco
-from model import GPT, GPTConfig, UserError, between, make_folder, read_json, read_weights, save_checkpoint
-
-matplotlib.use("Agg")    # draws into files, needs no screen
-import matplotlib.pyplot as plt
+from model import GPT, GPTConfig, save_checkpoint
 
 SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 16, "grad-accum": 1,
            "dense-steps": 2500, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320}
@@ -346,74 +343,23 @@ def report(out, control=None):
     by_head = np.array([[found[f"active_{l}.{h}"] for h in range(H)] for l in range(L)])
     draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
     sparse = GPT.from_pretrained(os.path.join(out, "best.pt" if best else "last.pt"))
-    draw_attention(base, sparse, by_head, encoding_of(base), os.path.join(out, "attention.png"))
+    draw_attention(attention_rows({"dense": base, "sparse": sparse}, by_head, encoding_of(base)), True,
+                   "Where each token reads from: the heads with the most active edges",
+                   os.path.join(out, "attention.png"), size=4)
 
 
-def write_json(path, content):
-    make_folder(os.path.dirname(path))
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(f"{path}.tmp", path)
-
-
-def draw_curve(rows, lines, tau, path):
-    """Figure 2a: cross-entropy against active edges, over training."""
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    share = [100 * row["active"] for row in rows]
-    ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training")
-    ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8),
-                ha="right")
-    for (name, ce, active), marker in zip(lines, ("s", "D", "*")):
-        ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none", label=f"{name}: {ce:.3f}")
-    ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}")
-    ax.set(xlabel="active edges (% of the allowed ones, log axis)", ylabel="validation cross-entropy (nats per token)",
-           title="Loss against edges while the gates close")
-    ax.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_heads(by_head, path):
-    """Share of active edges (L,H) as a map, in percent."""
-    L, H = by_head.shape
-    figure, ax = plt.subplots(figsize=(1.5 + 0.6 * max(H, 6), 1.2 + 0.5 * L), layout="constrained")
-    image = ax.imshow(100 * by_head, cmap="Blues", vmin=0)
-    for l, h in np.ndindex(L, H):
-        dark = by_head[l, h] > 0.6 * by_head.max()
-        ax.text(h, l, f"{100 * by_head[l, h]:.2g}", ha="center", va="center", fontsize=7,
-                color="w" if dark else "k")
-    ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L), title="Active edges by head (%)")
-    figure.colorbar(image, ax=ax, label="% of the allowed edges")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_attention(dense, sparse, by_head, encoding, path, columns=4):
-    """Figure 2b: attention of one prompt in the heads with the most active edges, dense above sparse."""
-    tokens = encoding.encode_ordinary(PROMPTS[encoding.name])[:dense.config.block_size]
+def attention_rows(models, by_head, encoding, columns=4):
+    """Figure 2b, for draw_attention: one prompt in the heads with the most active edges, a row for each model."""
+    first = next(iter(models.values()))
+    tokens = encoding.encode_ordinary(PROMPTS[encoding.name])[:first.config.block_size]
     labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
-    idx = torch.tensor([tokens])
-    heads = np.argsort(-by_head, axis=None)[:columns]
-    figure, axes = plt.subplots(2, len(heads), figsize=(4 * len(heads), 8.4), squeeze=False, layout="constrained")
-    for name, model, row in (("dense", dense, axes[0]), ("sparse", sparse, axes[1])):
-        maps = model.eval().attention_maps(idx)[:, 0].flatten(0, 1).numpy()          # (L*H,T,T)
-        for n, ax in zip(heads, row):
-            weights = np.ma.masked_where(np.triu(np.ones(maps[n].shape), 1) > 0, maps[n])
-            ax.set_facecolor("0.88")    # grey: keys that come later cannot be read
-            image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-            if name == "sparse":
-                for i, j in np.argwhere(np.ma.filled(weights, 0) > 0):
-                    ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=0.8))
-            ax.set_title(f"{name}, layer {n // by_head.shape[1]}, head {n % by_head.shape[1]}", fontsize=10)
-            ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-            ax.set_yticks(range(len(labels)), labels, fontsize=7)
-        row[0].set_ylabel("reading position")
-    for ax in axes[1]:
-        ax.set_xlabel("position read")
-    figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01, label="attention weight of the edge (boxed: gate open)")
-    figure.suptitle("Where each token reads from: the heads with the most active edges")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    rows = []
+    for name, model in models.items():
+        maps = model.eval().attention_maps(torch.tensor([tokens]))[:, 0].flatten(0, 1).numpy()    # (L*H,T,T)
+        rows.append(("reading position", [
+            (f"{name}, layer {n // by_head.shape[1]}, head {n % by_head.shape[1]}", maps[n], labels, labels,
+             name == "sparse") for n in np.argsort(-by_head, axis=None)[:columns]]))
+    return rows
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from gates import reference_sparse_attention, sparse_attention
-from model import GPT, GPTConfig, UserError, between, make_folder
+from extras.files import UserError, between, make_folder
+from model import GPT, GPTConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))    # extras/ stands beside the modules it builds on
 from extras.data import gpt2_encoding
-from model import UserError
+from extras.files import UserError
 from toy_addition import ALPHABET, addition_data, split
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from extras import data
-from model import UserError
+from extras.files import UserError
 
 TEXTS = [f"document {n} " + "word " * n for n in range(120)]
 

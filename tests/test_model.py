@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_file
-from model import GPT, GPTConfig, UserError, cross_entropy, load_checkpoint, save_checkpoint
+from extras import files
+from extras.files import UserError
+from model import GPT, GPTConfig, cross_entropy, load_checkpoint, save_checkpoint
 
 TINY = dict(block_size=12, vocab_size=31, n_layer=2, n_head=3, n_embd=24)
 CONFIG_JSON = {"model_type": "gpt2", "n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 12, "vocab_size": 31,
@@ -387,11 +388,11 @@ def test_downloads_once_checks_the_hash_and_says_what_to_do_without_network(tmp_
     weights = gpt2_weights(C=64)
     (tmp_path / "gpt2").mkdir()
     write_safetensors(tmp_path / "gpt2" / "model.safetensors", weights)
-    monkeypatch.setattr(model_file, "GPT2_URL", tmp_path.as_uri() + "/{}/model.safetensors")
+    monkeypatch.setattr(files, "GPT2_URL", tmp_path.as_uri() + "/{}/model.safetensors")
     refused("(?s)invalid hash value.*pass its path instead", GPT.from_pretrained, "gpt2")
     assert not list((tmp_path / "hub").rglob("*.*"))
     refused("(?s)cannot download .*gpt2-xl.*pass its path instead of 'gpt2-xl'", GPT.from_pretrained, "gpt2-xl")
-    monkeypatch.setitem(model_file.GPT2_SHA256, "gpt2", None)
+    monkeypatch.setitem(files.GPT2_SHA256, "gpt2", None)
     gpt = GPT.from_pretrained("gpt2", gated=True)
     assert gpt.config.n_head == 1 and gpt.config.gated
     (tmp_path / "gpt2" / "model.safetensors").unlink()

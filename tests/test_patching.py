@@ -15,7 +15,8 @@ import torch
 import patching as P
 from extras import tasks
 from extras.data import byte_encoding
-from model import GPT, GPTConfig, SelfAttention, UserError, save_checkpoint
+from extras.files import UserError
+from model import GPT, GPTConfig, SelfAttention, save_checkpoint
 from toy_addition import ALPHABET, toy_config
 
 ROOT = Path(P.__file__).parent
@@ -562,7 +563,7 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
 
 def test_the_same_command_gives_the_same_scores(tmp_path, monkeypatch, capsys):
     dense, sparse = toys(tmp_path)
-    for picture in ("draw_curves", "draw_circuits"):    # seconds, and not looked at here
+    for picture in ("draw_effects", "draw_circuits"):    # seconds, and not looked at here
         monkeypatch.setattr(P, picture, lambda *_: None)
     contents = []
     for n in range(2):

@@ -10,7 +10,8 @@ import torch
 
 import toy_addition as toy
 from geco import Geco
-from model import GPT, UserError, load_checkpoint, make_folder
+from extras.files import UserError, make_folder
+from model import GPT, load_checkpoint
 
 ROOT = Path(toy.__file__).parent
 
