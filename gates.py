@@ -17,8 +17,9 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-ROWS = 128       # R: more waste edges that the causal mask throws away, fewer make matrix products slow
-CELLS = {"cpu": 2**18, "cuda": 2**23}    # G R T at most: a CPU's cache holds a block, a GPU's cores share it
+ROWS = 128             # R: with more, more edges are computed that the causal mask hides; with fewer, products are slow
+CELLS_CPU = 2**18      # G R T aimed at: what a CPU's cache holds, or, on an accelerator, what keeps its cores busy
+CELLS_GPU = 2**23
 U_MIN = 2**-24    # keeps u inside (0, 1), where logit(u) is finite; torch's float32 draws are multiples of it
 
 
@@ -72,35 +73,39 @@ def sparse_attention(q, k, v, gate_bias, causal=True, sample=False):
 
     Like FlashAttention (Dao et al. 2022, arXiv 2205.14135) it never keeps a T x T matrix: a block of queries at
     a time, only the keys they may read, and each block once more in the backward pass. Gates open with the same
-    probability as the reference's, from other random numbers (`edge_noise`).
+    probability as the reference's, from other random numbers (`edge_noise`). gate_bias is a plain number.
     """
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3] or 0 in q.shape:
+        raise ValueError("expected q and k (B,H,T,D) and v (B,H,T,any), none empty, got "
+                         f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     return SparseAttention.apply(q, k, v, gate_bias, causal, sample)
 
 
 def draw_words(N, T, device):
-    """Two random odd 32-bit integers per position, (2,N,T): the seeds of all edges' noise, kept for backward."""
+    """A random odd 32-bit integer for every query and every key, (2,N,T): what is kept of the noise for backward."""
     return torch.randint(-2**31, 2**31, (2, N, T), dtype=torch.int32, device=device).bitwise_or_(1)
 
 
 def edge_noise(row_words, key_words, product, u):
-    """Uniform draws u (G,R,K) in (0, 1), written to u: the fraction of (row word x key word) / 2^32, shifted.
+    """A uniform draw u (G,R,K) for every edge, written to u: (row word x key word mod 2^32) / 2^32, shifted by 1/2.
 
-    row_words (G,R,1), key_words (G,1,K), product (G,R,K): int32. Of T random words come T^2 numbers, the same ones
-    in both passes; along a row or a column they are independent, and jointly no test here tells them from
-    torch.rand's, which is three times slower on a CPU.
+    row_words (G,R,1), key_words (G,1,K), product (G,R,K): int32. So 2 T words make T^2 draws, and the same ones in
+    both passes, in a third of the time of torch.rand on a CPU. Along a row or a column they are independent; over
+    a 2 x 2 of edges their lowest bits are tied by one equation, which no statistic of gates in the tests can see.
+    Rounding to float32 can give 0 and 1: U_MIN keeps away from both.
     """
-    torch.mul(row_words, key_words, out=product)    # modulo 2^32
+    torch.mul(row_words, key_words, out=product)    # int32: modulo 2^32
     return u.copy_(product).mul_(2**-32).add_(0.5)
 
 
 def blocks(q, causal):
-    """Cut the edges of q (N,T,D) into blocks: slices of heads, rows and keys, and five (G,R,K) tensors to work in.
+    """Cut the edges of q (N,T,D) into blocks: slices of heads, rows and keys, and six (G,R,K) tensors to work in.
 
-    All blocks share this memory, and the last, an integer one for the noise.
+    All blocks share this memory. The last of the six is an integer one, for the noise.
     """
     N, T, _ = q.shape
     R = min(ROWS, T)
-    G = min(N, max(1, CELLS["cpu" if q.device.type == "cpu" else "cuda"] // (R * T)))
+    G = min(N, max(1, (CELLS_CPU if q.device.type == "cpu" else CELLS_GPU) // (R * T)))
     memory, product = q.new_empty(5, G * R * T), torch.empty(G * R * T, dtype=torch.int32, device=q.device)
     for n in range(0, N, G):
         for i in range(0, T, R):
@@ -111,20 +116,20 @@ def blocks(q, causal):
                    (*memory[:, :cells].view(5, *shape), product[:cells].view(shape)))
 
 
-def attend_block(q, k, gate_bias, mask, words, block):
-    """(G,R,K) each: softmax, P(gate is open), gates, and the noisy gate logits g + n; a fifth is free to use."""
-    heads, rows, keys, (g, p, prob, gates, free, product) = block
+def attend_block(q, k, gate_bias, hidden, words, block):
+    """(G,R,K) each: softmax p, P(gate is open), gates, noisy gate logits g + n, and one that is free to use."""
+    heads, rows, keys, (g, p, p_open, gates, free, product) = block
     torch.bmm(q[heads, rows], k[heads, keys].mT, out=g)                              # (1)
-    if mask is not None:
-        g[:, :, rows].add_(mask[:g.shape[1], :g.shape[1]])    # every row may read the keys before the first row
+    if hidden is not None:    # every row may read all keys before the block's first row
+        g[:, :, rows].masked_fill_(hidden[:g.shape[1], :g.shape[1]], -math.inf)
     torch.softmax(g, -1, out=p)
     g.add_(min(gate_bias, 1e30))                              # finite: -inf stays -inf
-    torch.sigmoid(g, out=prob)
+    torch.sigmoid(g, out=p_open)
     if words is not None:
         u = edge_noise(words[0, heads, rows, None], words[1, heads, None, keys], product, free)
         g.add_(u.logit_(U_MIN))
     torch.gt(g, 0, out=gates)                                                        # (2)
-    return p, prob, gates, g, free
+    return p, p_open, gates, g, free
 
 
 class SparseAttention(torch.autograd.Function):
@@ -134,17 +139,17 @@ class SparseAttention(torch.autograd.Function):
         q, k, v = (t.to(dtype).flatten(0, 1) for t in (q, k, v))                     # (N,T,D)
         q = q / math.sqrt(D)
         words = draw_words(B * H, T, q.device) if sample else None
-        mask = q.new_full((min(ROWS, T),) * 2, -math.inf).triu(1) if causal else None
+        hidden = q.new_ones((min(ROWS, T),) * 2, dtype=torch.bool).triu(1) if causal else None
         y, expected, active = torch.empty_like(v), q.new_zeros(B * H), q.new_zeros(B * H)
         with torch.autocast(q.device.type, enabled=False):
             for block in blocks(q, causal):
                 heads, rows, keys, _ = block
-                p, prob, gates, _, _ = attend_block(q, k, gate_bias, mask, words, block)
-                expected[heads] += prob.sum((1, 2))                                  # (G)
+                p, p_open, gates, _, _ = attend_block(q, k, gate_bias, hidden, words, block)
+                expected[heads] += p_open.sum((1, 2))                                # (G)
                 active[heads] += gates.sum((1, 2))                                   # (G)
                 torch.bmm(p.mul_(gates), v[heads, keys], out=y[heads, rows])         # (G,R,D)  (3)
-        ctx.save_for_backward(q, k, v, y, words, mask)
-        ctx.gate_bias, ctx.edges = gate_bias, T * (T + 1) // 2 if causal else T * T
+        ctx.save_for_backward(q, k, v, y, hidden, words)
+        ctx.gate_bias, ctx.causal, ctx.edges = gate_bias, causal, T * (T + 1) // 2 if causal else T * T
         expected, active = ((t / ctx.edges).view(B, H) for t in (expected, active))
         ctx.mark_non_differentiable(active)
         return y.unflatten(0, (B, H)).to(y_dtype), expected, active
@@ -152,22 +157,23 @@ class SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dexpected, _):
-        q, k, v, y, words, mask = ctx.saved_tensors
+        """A score acts in three ways: on the softmax, on its gate (straight-through), and on the expected edges."""
+        q, k, v, y, hidden, words = ctx.saved_tensors
         dy = dy.to(q.dtype).flatten(0, 1)                                            # (N,T,D)
-        dprob = dexpected.reshape(-1, 1, 1) / ctx.edges                              # (N,1,1)
-        mean = (dy * y).sum(-1, keepdim=True)      # (N,T,1) sum_j p A dgate: softmax's gradient subtracts it
+        dp_open = dexpected.reshape(-1, 1, 1) / ctx.edges                            # (N,1,1)
+        mean = (dy * y).sum(-1, keepdim=True)      # (N,T,1) sum_j p A dweights, which softmax's gradient subtracts
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         with torch.autocast(q.device.type, enabled=False):
-            for block in blocks(q, mask is not None):
+            for block in blocks(q, ctx.causal):
                 heads, rows, keys, _ = block
-                p, prob, gates, noisy, free = attend_block(q, k, ctx.gate_bias, mask, words, block)
-                weights = gates.mul_(p)                                              # (G,R,K)
+                p, p_open, gates, noisy_g, free = attend_block(q, k, ctx.gate_bias, hidden, words, block)
+                weights = gates.mul_(p)                                              # (G,R,K) A p
                 dv[heads, keys].baddbmm_(weights.mT, dy[heads, rows])
                 dweights = torch.bmm(dy[heads, rows], v[heads, keys].mT, out=free)   # (G,R,K)
-                ds = weights.mul_(dweights).addcmul_(p, mean[heads, rows], value=-1)              # by softmax
-                soft = noisy.sigmoid_()
-                ds.addcmul_(soft.addcmul_(soft, soft, value=-1), dweights.mul_(p))                # by the gate
-                ds.addcmul_(prob.addcmul_(prob, prob, value=-1), dprob[heads])                    # by expected
+                ds = weights.mul_(dweights).addcmul_(p, mean[heads, rows], value=-1)              # softmax
+                soft = noisy_g.sigmoid_()
+                ds.addcmul_(soft.addcmul_(soft, soft, value=-1), dweights.mul_(p))                # gate
+                ds.addcmul_(p_open.addcmul_(p_open, p_open, value=-1), dp_open[heads])            # expected edges
                 torch.bmm(ds, k[heads, keys], out=dq[heads, rows])
                 dk[heads, keys].baddbmm_(ds.mT, q[heads, rows])
         dq /= math.sqrt(q.shape[-1])
