@@ -30,14 +30,14 @@ class Geco:
 
     def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3), gain=0.0):
         low, high = lam_range
-        for valid, message in (
-            (tau > 0, f"tau must be above 0 nats, got {tau}"),
-            (0 < low <= lam <= high, f"lam must lie in its range, 0 < {low} <= {lam} <= {high}"),
-            (rate > 0 and gain >= 0, f"rate must be above 0 and gain not below 0, got {rate} and {gain}"),
-            (0 <= decay < 1, f"decay must lie in [0, 1), got {decay}"),
-        ):
-            if not valid:
-                raise ValueError(message)
+        if not 0 < tau < math.inf:
+            raise ValueError(f"tau must be above 0 nats and finite, got {tau}")
+        if not 0 < low <= lam <= high < math.inf:
+            raise ValueError(f"lam must lie in its range, 0 < {low} <= {lam} <= {high} < inf")
+        if not (0 < rate < math.inf and 0 <= gain < math.inf):
+            raise ValueError(f"rate must be above 0 and gain not below 0, both finite, got {rate} and {gain}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.tau, self.rate, self.decay, self.lam_range, self.gain = tau, rate, decay, lam_range, gain
         self.log_lam = math.log(lam)  # (5) is a sum here, and cannot overflow
         self.average = 0.0            # Cbar, nats

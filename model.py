@@ -1,6 +1,6 @@
 """GPT-2 in one file, with a binary gate on every attention edge if asked for (config.gated).
 
-Read it bottom-up: config, attention, MLP, block, GPT. How files of weights are read is in extras/files.py.
+Read it from the parts to the whole: config, attention, MLP, block, GPT. How files of weights are read is in extras/files.py.
 GPT-2 exactly: LayerNorm first, learned positions, biases, tanh-GELU, tied head, and GPT-2's own parameter
 names, so that pretrained weights load by name. Gates behave like dropout: `model.train()` samples them,
 `model.eval()` takes A = [g > 0].
@@ -99,8 +99,8 @@ def cross_entropy(logits, targets, cells=2**24):
     With a large vocabulary the logits are the largest tensor there is. No float32 copy of it is made: `cells`
     logits at a time, and once more in the backward pass.
     """
-    def nats(logits, targets):
-        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
+    def nats(rows, wanted):
+        return F.cross_entropy(rows.float(), wanted, ignore_index=-1, reduction="sum")
 
     logits, targets = logits.flatten(0, 1), targets.flatten()                        # (B T,V), (B T)
     rows = max(1, cells // logits.shape[1])
@@ -114,8 +114,9 @@ class GPT(nn.Module):
     def __init__(self, config, generator=None):
         """A model with GPT-2's random initial weights, drawn from `generator` (default: torch's global one)."""
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise UserError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
+        if min(sizes) < 1 or config.n_embd % config.n_head:
+            raise UserError(f"no GPT has these sizes: {config}\nexpected all >= 1, and n_embd a multiple of n_head")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)    # tokens; also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)    # positions

@@ -28,7 +28,7 @@ from model import GPT, GPTConfig, save_checkpoint
 ALPHABET = "0123456789+=?"
 SLOTS = {"reversed": 3, "paper": 5}
 EXAMPLES = {"no carry": (53, 21), "one carry": (36, 28), "two carries": (43, 59)}    # those of Figure 1
-KEEP = 0.999    # share of training sums that a sparse model must get right to be kept
+MIN_ACCURACY = 0.999    # share of training sums that a sparse model must get right to be kept
 
 
 def encode(a, b, layout):
@@ -77,9 +77,9 @@ def evaluate(model, idx, targets):
             "active": out.active_edges.mean().item() * allowed_edges(model.config)}
 
 
-def keeps(found, tau):
-    """Does it meet the constraint? A mean over digits forgives some wrong sums, so these are counted too."""
-    return found["hard_ce"] <= tau and found["accuracy"] >= KEEP
+def meets_constraint(found, tau):
+    """Is an evaluation good enough to keep? A mean over digits forgives some wrong sums, so these are counted too."""
+    return found["hard_ce"] <= tau and found["accuracy"] >= MIN_ACCURACY
 
 
 def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=64, eval_every=100):
@@ -87,7 +87,7 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=64, eval
 
     Returns the history, one dict per step: ce and, with a Geco, c_bar, lam (the one this step used), expected
     (edges per sum) and, every eval_every steps, what `evaluate` finds on all of idx. With a Geco the model is
-    left as the sparsest evaluation that met the constraint (`keeps`), or as the last step made it if none did.
+    left as the sparsest evaluation that met the constraint, or as the last step made it if none did.
     """
     order = torch.Generator().manual_seed(seed)    # which sums come when
     torch.manual_seed(seed)                        # the gates (see sample_gates)
@@ -103,6 +103,8 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=64, eval
         rows = torch.randint(len(idx), (batch_size,), generator=order)
         out = model(idx[rows], targets[rows])
         loss, row = out.loss, {"step": step, "ce": out.loss.item()}
+        if not math.isfinite(row["ce"]):
+            raise FloatingPointError(f"the cross-entropy is {row['ce']} at {'sparse' if geco else 'dense'} step {step}")
         if geco:
             edges = out.expected_edges.mean()
             loss = geco.objective(edges, out.loss)
@@ -115,7 +117,7 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=64, eval
         schedule.step()
         if geco and (step % eval_every == 0 or step == steps):
             row |= evaluate(model, idx, targets)
-            if keeps(row, geco.tau) and row["active"] < best:
+            if meets_constraint(row, geco.tau) and row["active"] < best:
                 best, weights = row["active"], copy.deepcopy(model.state_dict())
         history.append(row)
         status = f", lam {row['lam']:.3f}, edges {row['expected']:.1f}" if geco else ""
@@ -123,7 +125,7 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=64, eval
     if weights:
         model.load_state_dict(weights)
     elif geco:
-        print(f"no evaluation met CE <= {geco.tau} with {KEEP:.1%} of the training sums right: "
+        print(f"no evaluation met CE <= {geco.tau} with {MIN_ACCURACY:.1%} of the training sums right: "
               "keeping the last model")
     return history
 
@@ -197,7 +199,7 @@ def run(args):
         "active_edges_per_example": found["sparse"]["active"], "allowed_edges": allowed_edges(config),
         "active_share": found["sparse"]["active"] / allowed_edges(config),
         "carry_edge": f"layer {layer}, head {head}, tens slot to position {key}",
-        "constraint_met": any("hard_ce" in row and keeps(row, args.tau) for row in sparse_history),
+        "constraint_met": any("hard_ce" in row and meets_constraint(row, args.tau) for row in sparse_history),
         "carry_edge_with_carry": with_carry, "carry_edge_without_carry": without,
     }
     for name, model in models.items():

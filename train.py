@@ -147,24 +147,25 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
     train_tokens, val_tokens = data
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     last, step, rows, recent = os.path.join(out, "last.pt"), 0, [], []    # recent: CE since the last row
+    of_step = {"c_bar": math.nan, "lam": geco.lam if geco else math.nan, "expected": math.nan}    # of the last step
     if os.path.exists(last):
         weights, state = read_weights(last)
         model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
-        step, rows, recent = state["step"], state["rows"], state["recent"]
+        step, rows, recent, of_step = (state[name] for name in ("step", "rows", "recent", "of_step"))
         if geco:
             geco.load_state_dict(state["geco"])
 
     def save():
-        save_checkpoint(model, last, step=step, rows=rows, recent=recent, optimizer=optimizer.state_dict(),
-                        geco=geco.state_dict() if geco else {})
+        save_checkpoint(model, last, step=step, rows=rows, recent=recent, of_step=of_step,
+                        optimizer=optimizer.state_dict(), geco=geco.state_dict() if geco else {})
 
     model.train()
     model.recompute, forward = args.recompute, torch.compile(model) if args.compile else model
     if place.size > 1:
         forward = DistributedDataParallel(forward)
     T, B, micros = args.block_size, args.batch_size, args.grad_accum
-    tokens_per_step, expected, interrupted = T * B * micros * place.size, math.nan, []
+    tokens_per_step, interrupted = T * B * micros * place.size, []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))    # Ctrl-C: finish the step, save, stop
     bar = tqdm(total=steps, initial=step, desc="sparse" if geco else "dense ", disable=place.rank > 0)
     started, first_step = time.time(), step
@@ -174,8 +175,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
             ce, active = evaluate(model, val_tokens, place, args)
             rows.append({"step": step, "tokens": step * tokens_per_step,
                          "train_ce": float(np.mean(recent)) if recent else math.nan,
-                         "c_bar": geco.average if geco else math.nan, "lam": geco.lam if geco else math.nan,
-                         "expected": expected, "val_ce": ce, "active": active.mean().item()}
+                         **of_step, "val_ce": ce, "active": active.mean().item()}
                         | {f"active_{l}.{h}": float(share) for (l, h), share in np.ndenumerate(active.numpy())})
             recent.clear()
             if geco and rows[-1] is best_row(rows, geco.tau):
@@ -210,8 +210,10 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
         optimizer.zero_grad()
         status = f"CE {ce:.3f}"
         if geco:
+            lam = geco.lam
             geco.update(ce)
-            status += (f", Cbar {geco.average:+.3f}, lam {geco.lam:.3g}, "
+            of_step = {"c_bar": geco.average, "lam": lam, "expected": expected}
+            status += (f", Cbar {geco.average:+.3f}, lam {lam:.3g}, "
                        f"expected {expected:.2%}, active {active:.2%}")
         step += 1
         recent.append(ce)

@@ -61,8 +61,12 @@ def download(name):
         try:
             os.makedirs(folder, exist_ok=True)
             torch.hub.download_url_to_file(url, path, hash_prefix=GPT2_SHA256[name])
-        except (OSError, http.client.HTTPException, RuntimeError) as error:    # RuntimeError: wrong hash
-            raise UserError(f"cannot download {url}: {error}\nDownload it elsewhere and pass its path instead "
+            if GPT2_SHA256[name] is None:    # a connection that breaks off must not leave half a file for ever
+                read_safetensors(path, only_check=True)
+        except (OSError, http.client.HTTPException, RuntimeError, UserError) as error:    # RuntimeError: wrong hash
+            if os.path.exists(path):
+                os.remove(path)
+            raise UserError(f"cannot download {url}: {first_line(error)}\nDownload it elsewhere and pass its path instead "
                             f"of '{name}', or put it at {path}") from error
     return path
 
@@ -90,7 +94,10 @@ def read_weights(path):
     meta = {"config.json": read_json(config)} if os.path.exists(config) else {}
     if path.endswith(".index.json"):
         tensors = {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(f"{path} names no shards\nexpected a weight_map from tensors to files")
+        for shard in sorted(set(shards.values())):
             tensors.update(read_weights(os.path.join(os.path.dirname(path), shard))[0])
         return tensors, meta
     if path.endswith(".safetensors"):
@@ -125,7 +132,7 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path):
+def read_safetensors(path, only_check=False):
     """The format: header length (8 bytes, little-endian), header (JSON), then the raw data of all tensors."""
     try:
         with open(path, "rb") as file:
@@ -142,6 +149,8 @@ def read_safetensors(path):
                 dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
                 if dtype is None:
                     raise ValueError(f"{name} has the unsupported type {entry['dtype']}")
+                if only_check:
+                    continue
                 file.seek(8 + length + begin)
                 raw = bytearray(file.read(end - begin))    # a copy: the file's offsets are not aligned
                 tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"])
