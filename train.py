@@ -38,8 +38,8 @@ from extras.files import UserError, between, make_folder, read_json, read_weight
 from geco import Geco
 from model import GPT, GPTConfig, save_checkpoint
 
-SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 16, "grad-accum": 1,
-           "dense-steps": 2500, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320}
+SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 8, "grad-accum": 1,
+           "dense-steps": 4000, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320, "eval-every": 200}
 PROMPTS = {"gpt2": "When Mary and John went to the store, John gave a drink to",
            "bytes": "Return a list of the values"}
 
@@ -302,7 +302,7 @@ def run(args):
     model, geco = base, None
     if not args.dense:
         config.gated, config.gate_bias = True, args.gate_bias    # the gates have no parameters: the rest stays
-        geco = Geco(args.tau, rate=args.rate, decay=args.decay)
+        geco = Geco(args.tau, rate=args.rate, decay=args.decay, lam_range=(1e-3, 10.0))
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
     if place.device.type == "cuda":
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
