@@ -160,13 +160,15 @@ def main():
     print(f"{where}, {dtype}, {TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}, medians of {args.repeats}\n\n"
           "|    T | plain ms | ours ms | dense ms | plain / ours | ours / dense | plain MiB | ours MiB | dense MiB |\n"
           "|---|---|---|---|---|---|---|---|---|")
+    names_at = {T: [name for name in ATTENTIONS if name != "plain" or T <= args.plain_up_to] for T in args.lengths}
+    # First of all: a process's peak counts from what its parent held when it was started.
+    memory = {(name, T): in_own_process(name, T, device, dtype) for T, names in names_at.items() for name in names}
     rows = {}
-    for T in args.lengths:
-        names = [name for name in ATTENTIONS if name != "plain" or T <= args.plain_up_to]
+    for T, names in names_at.items():
         tensors = inputs(T, device, dtype)
         times = alternate({name: (lambda f=ATTENTIONS[name]: step(f, *tensors)) for name in names},
                           device, args.repeats)
-        rows[T] = {name: (times[name], in_own_process(name, T, device, dtype)) for name in names}
+        rows[T] = {name: (times[name], memory[name, T]) for name in names}
         ms = {name: f"{1e3 * times[name]:.1f}" if name in times else "-" for name in ATTENTIONS}
         mib = {name: f"{rows[T][name][1] / 2**20:.0f}" if name in times else "-" for name in ATTENTIONS}
         gain = f"{times['plain'] / times['ours']:.1f}x" if "plain" in times else "-"
