@@ -37,8 +37,8 @@ def dense_attention(q, k, v, *_):
 ATTENTIONS = {"plain": reference_sparse_attention, "ours": sparse_attention, "dense": dense_attention}
 
 
-def inputs(T, device, dtype):
-    shape = max(1, TOKENS // T), HEADS, T, HEAD_SIZE
+def inputs(T, device, dtype, tokens=TOKENS):
+    shape = max(1, tokens // T), HEADS, T, HEAD_SIZE
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
@@ -76,7 +76,7 @@ def alternate(functions, device, repeats):
 
 def peak_memory(name, T, device, dtype):
     """Most bytes that one step needs above its inputs. On a CPU: of this process, which must be a fresh one."""
-    step(ATTENTIONS[name], *inputs(16, device, dtype))    # libraries load, threads start
+    step(ATTENTIONS[name], *inputs(16, device, dtype, tokens=16))    # libraries load, threads start
     tensors = inputs(T, device, dtype)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
