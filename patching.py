@@ -159,7 +159,8 @@ def explained_effect(model, clean, corrupt, metric, order):
     rank = order.to(logits.device).view(-1, L * H).argsort(-1).view(-1, L, H)     # argsort inverts a permutation
     m = torch.stack([metric(run_with_heads(model, corrupt, seen, rank < k)).mean()
                      for k in tqdm(range(L * H + 1), desc="heads together")])
-    return (m - m[0]) / (metric(logits).mean() - m[0])
+    effect = metric(logits).mean() - m[0]
+    return (m - m[0]) / (effect if effect else 1)                                 # equal sentences: 0 throughout
 
 
 def heads_needed(curve, share=SHARE):
@@ -285,7 +286,7 @@ def cumulative(scores):
 
 def top_edges(scores, n, config):
     """The n edges of largest |score|: (...,S,S) -> bool (...,S,S)."""
-    size = scores.abs().masked_fill(~edge_mask(config), -1).flatten(-2)    # an edge of score 0 still beats no edge
+    size = scores.abs().masked_fill(~edge_mask(config).to(scores.device), -1).flatten(-2)    # an edge of score 0 still beats no edge
     return (size.argsort(descending=True, stable=True).argsort(-1) < n).view(scores.shape)
 
 

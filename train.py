@@ -120,7 +120,7 @@ def evaluate(model, tokens, place, args):
         with place.autocast():
             out = model(rows[:, :-1], rows[:, 1:])
         ce += out.loss.item() * len(part) / len(starts)
-        active = active + out.active_edges.double().cpu() * len(part) / len(starts)
+        active = active + out.active_edges.cpu().double() * len(part) / len(starts)
     model.train(model_was_training)
     return ce, active
 
@@ -155,6 +155,8 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
         step, rows, recent, of_step = (state[name] for name in ("step", "rows", "recent", "of_step"))
         if geco:
             geco.load_state_dict(state["geco"])
+        if rows and place.rank == 0:    # killed between last.pt and log.csv
+            write_csv(os.path.join(out, "log.csv"), rows)
 
     def save():
         save_checkpoint(model, last, step=step, rows=rows, recent=recent, of_step=of_step,
@@ -366,7 +368,7 @@ def attention_rows(models, by_head, encoding, columns=4):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def main():
@@ -395,13 +397,13 @@ def main():
     option("--gate-bias", type=between(float, 0.0, 100.0), default=2.0, help="b: how far open the gates start")
     option("--rate", type=between(float, 1e-9, 100.0), default=0.05, help="kappa of GECO: how fast lam answers")
     option("--decay", type=between(float, 0.0, 0.9999), default=0.9, help="alpha of GECO: how long Cbar remembers")
-    option("--distill", type=between(float, 0.0, 1000.0), default=0.0, help="weight of KL(dense || sparse), beside the CE")
+    option("--distill", type=between(float, 0.0, 1000.0), default=0.0, help="weight of KL(dense || sparse) beside the CE: both times lambda")
     option("--dense", action="store_true", help="the control: the same steps on the same data without gates")
     option("--dtype", choices=("float32", "bfloat16"), help="of the forward pass: bfloat16 on cuda, else float32")
     option("--compile", action="store_true", help="torch.compile the model")
     option("--recompute", action="store_true", help="keep no activations inside a block: less memory, a third more time")
     option("--device", choices=("cuda", "mps", "cpu"), help="the best there is")
-    option("--seed", type=between(int, 0, 2**31), default=0, help="of initial weights, batches and gates")
+    option("--seed", type=between(int, 0, 10**9), default=0, help="of initial weights, batches and gates")
     option("--eval-every", type=count, default=100, help="steps between evaluations")
     option("--eval-windows", type=count, default=128, help="sequences of the validation split they read")
     scratch = parser.add_argument_group("with --init scratch", "other defaults there: " + ", ".join(
@@ -418,7 +420,7 @@ def main():
             report(args.report, args.control)
             return
         if args.resume:
-            args = argparse.Namespace(**read_json(os.path.join(args.resume, "args.json")))
+            args = argparse.Namespace(**read_json(os.path.join(args.resume, "args.json")) | {"out": args.resume})
         else:
             if args.dense and (args.tau or args.distill):
                 raise UserError("--dense is the control: it has no constraint\nleave --tau and --distill out")

@@ -67,7 +67,8 @@ def download(name):
             if os.path.exists(path):
                 os.remove(path)
             raise UserError(f"cannot download {url}: {first_line(error)}\nDownload it elsewhere and pass its path instead "
-                            f"of '{name}', or put it at {path}") from error
+                            f"of '{name}', or put it at {path}; offline: python train.py --init scratch --data stdlib"
+                            ) from error
     return path
 
 

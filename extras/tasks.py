@@ -130,9 +130,9 @@ def copy(n, seed, vocab_size=50257, length=10):
     Corruption: another x_length in the first half. Metric: logit(x_length) - logit(the other). All tokens of a pair
     are different, and none is the vocabulary's last: <|endoftext|> in GPT-2 and among bytes, `?` in the toy.
     """
-    if length + 2 > vocab_size:
-        raise UserError(f"{length + 1} different tokens cannot be drawn from a vocabulary of {vocab_size}\n"
-                        "take a smaller length")
+    if not 2 <= length <= vocab_size - 2:
+        raise UserError(f"no {length} + 1 different tokens to copy in a vocabulary of {vocab_size}\n"
+                        "take a length from 2 to the vocabulary less 2")
     rng = np.random.default_rng(seed)
     x = torch.tensor(np.array([rng.choice(vocab_size - 1, length + 1, replace=False) for _ in range(n)]))
     clean = torch.cat((x[:, :length], x[:, :length - 1]), 1)                      # (N,2*length-1)

@@ -253,6 +253,8 @@ def test_a_closed_edge_has_no_effect():
 def test_equal_sentences_have_scores_of_zero():
     model, (clean, _, metric) = tiny(gated=True), some_pairs()
     assert P.head_scores(model, clean, clean, metric).eq(0).all()
+    assert P.explained_effect(model, clean, clean, metric, torch.arange(
+        model.config.n_layer * model.config.n_head)).eq(0).all()
     assert P.edge_scores(model, clean, clean, metric, True).eq(0).all()
     assert P.exact_edge_score(model, clean, clean, metric, "embed", "m1").eq(0).all()
     assert P.cumulative(torch.zeros(2, 3, 3)).eq(0).all()
@@ -452,7 +454,7 @@ def test_copy():
     logits = torch.randn(100, 13, 257)
     expected = [logits[n, -1, clean[n, 6]] - logits[n, -1, corrupt[n, 6]] for n in range(100)]
     torch.testing.assert_close(metric(logits), torch.stack(expected))
-    with pytest.raises(UserError, match="different tokens cannot be drawn"):
+    with pytest.raises(UserError, match="different tokens to copy"):
         P.copy(1, 0, vocab_size=8, length=7)
 
 
