@@ -327,6 +327,12 @@ def report(out, control=None):
     found = best or rows[-1]
     lines = [("untouched", args.base_ce, 1.0)]
     if control:
+        theirs = read_json(os.path.join(control, "args.json"))
+        differ = [key for key in ("data", "steps", "seed", "block_size", "batch_size", "grad_accum", "eval_windows")
+                  if theirs.get(key) != getattr(args, key)]
+        if differ or not theirs.get("dense"):
+            raise UserError(f"{control} is no control of {out}: " + (f"other {', '.join(differ)}" if differ else "not --dense")
+                            + "\na control is a --dense run with the same options")
         _, control_state = read_weights(os.path.join(control, "last.pt"))
         lines.append(("dense control", control_state["rows"][-1]["val_ce"], 1.0))
     lines.append(("dense control" if args.dense else "sparse", found["val_ce"], found["active"]))

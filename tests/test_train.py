@@ -204,6 +204,9 @@ def test_scratch_control_and_report(tiny, capsys):
     output = capsys.readouterr().out
     assert (sparse / "log.csv").read_text() == before and (sparse / "curve.png").exists()
     assert f"dense control{log(control)[-1]['val_ce']:16.4f}" in output
+    with pytest.raises(SystemExit) as stopped:    # a sparse run is no control
+        here(tiny, "--report", sparse, "--control", sparse)
+    assert stopped.value.code == 2 and "is no control of" in capsys.readouterr().err
     untouched = log(sparse / "dense")[-1]["val_ce"]
     assert json.loads((sparse / "summary.json").read_text())["base_ce"] == pytest.approx(untouched, abs=1e-6)
 
