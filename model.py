@@ -1,9 +1,9 @@
 """GPT-2 in one file, with a binary gate on every attention edge if asked for (config.gated).
 
-Read it from the parts to the whole: config, attention, MLP, block, GPT. How files of weights are read is in extras/files.py.
-GPT-2 exactly: LayerNorm first, learned positions, biases, tanh-GELU, tied head, and GPT-2's own parameter
-names, so that pretrained weights load by name. Gates behave like dropout: `model.train()` samples them,
-`model.eval()` takes A = [g > 0].
+Read it from the parts to the whole: config, attention, MLP, block, GPT. GPT-2 exactly: LayerNorm first, learned
+positions, biases, tanh-GELU, tied head, and GPT-2's own parameter names, so that pretrained weights load by name
+(extras/files.py reads them). Gates behave like dropout: `model.train()` samples them, `model.eval()` takes
+A = [g > 0].
 
     model = GPT.from_pretrained("gpt2", gated=True)      # in eval mode
     out = model(idx)              # out.logits (B,T,V), out.expected_edges (L,H), out.active_edges (L,H)
@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from extras.files import GPT2_SHA256, UserError, download, from_gpt2_layout, infer_config, read_weights
+from extras.files import GPT2_SHA256, UserError, fetch_gpt2, from_gpt2_layout, infer_config, read_weights, replacing
 from gates import sparse_attention
 
 
@@ -34,6 +34,12 @@ class GPTConfig:
     causal: bool = True       # False: every position reads every position
     gated: bool = False       # False: ordinary dense attention
     gate_bias: float = 2.0    # b: how far open the gates start, the same in training and evaluation
+
+
+def allowed_edges(config):
+    """Edges of one sequence of block_size tokens, over all layers and heads, with every gate open."""
+    T = config.block_size
+    return config.n_layer * config.n_head * (T * (T + 1) // 2 if config.causal else T * T)
 
 
 class Output(NamedTuple):
@@ -115,9 +121,12 @@ class GPT(nn.Module):
         """A model with GPT-2's random initial weights, drawn from `generator` (default: torch's global one)."""
         super().__init__()
         sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
-        if min(sizes) < 1 or config.n_embd % config.n_head:
-            raise UserError(f"no GPT has these sizes: {config}\nexpected all >= 1, and n_embd a multiple of n_head")
+        if min(sizes) < 1:
+            raise UserError(f"no GPT has these sizes: {config}\nexpected all of them to be at least 1")
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         self.config = config
+        self.notes = {}    # numbers and words beside the weights in the checkpoint that from_pretrained read
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)    # tokens; also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)    # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -188,7 +197,7 @@ class GPT(nn.Module):
         Face's GPT-2 layout (safetensors or pytorch_model.bin, also sharded); or a checkpoint of ours.
         config_overrides: fields of GPTConfig, as gated=True; a smaller block_size crops the positions.
         """
-        path = download(name_or_path) if name_or_path in GPT2_SHA256 else os.fspath(name_or_path)
+        path = fetch_gpt2(name_or_path) if name_or_path in GPT2_SHA256 else os.fspath(name_or_path)
         tensors, meta = read_weights(path)
         if "config" in meta:                                         # a checkpoint of ours
             fields = meta["config"]
@@ -216,6 +225,7 @@ class GPT(nn.Module):
             raise UserError(f"{path} does not fit this GPT: {'; '.join(problems[:3])}{more}\n"
                             f"expected a GPT-2 of {config}")
         model.load_state_dict(tensors, assign=True)
+        model.notes = {key: value for key, value in meta.items() if isinstance(value, (str, int, float))}
         return model.eval()
 
 
@@ -224,14 +234,8 @@ def save_checkpoint(model, path, **extra):
 
     extra: tensors and plain values only, so that `torch.load(path, weights_only=True)` reads it.
     """
-    temporary = f"{path}.tmp"
-    try:
-        config = dataclasses.asdict(model.config)
-        torch.save({**extra, "config": config, "model": model.state_dict()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing(path) as temporary:
+        torch.save({**extra, "config": dataclasses.asdict(model.config), "model": model.state_dict()}, temporary)
 
 
 load_checkpoint = GPT.from_pretrained    # a checkpoint of ours is one more layout that it reads

@@ -30,7 +30,6 @@ sources and as many destinations.
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 
@@ -40,7 +39,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from extras.figures import draw_circuits, draw_effects
-from extras.files import UserError, between, make_folder, read_weights
+from extras.files import UserError, between, make_folder, pick_device, write_json
 from extras.tasks import TASKS, addition, copy, docstring, greater_than, ioi, make_pairs, select
 from model import GPT
 
@@ -286,7 +285,7 @@ def cumulative(scores):
 
 def top_edges(scores, n, config):
     """The n edges of largest |score|: (...,S,S) -> bool (...,S,S)."""
-    size = scores.abs().masked_fill(~edge_mask(config).to(scores.device), -1).flatten(-2)    # an edge of score 0 still beats no edge
+    size = scores.abs().masked_fill(~edge_mask(config).to(scores.device), -1).flatten(-2)    # 0 still beats no edge
     return (size.argsort(descending=True, stable=True).argsort(-1) < n).view(scores.shape)
 
 
@@ -385,13 +384,10 @@ def measure(model, pairs, seed):
 
 def load_models(args):
     """{"dense": model, "sparse": model} on the device, and the layout of sums if they are the toy's."""
-    if args.device != "cpu" and not getattr(torch, args.device).is_available():
-        raise UserError(f"this machine has no {args.device}\npass --device cpu")
-    if args.device == "mps":
-        print("warning: MPS has given silently wrong results for patching; compare with --device cpu")
+    args.device = pick_device(args.device)
     paths = {"dense": args.dense, "sparse": args.sparse}
     models = {name: GPT.from_pretrained(path).to(args.device) for name, path in paths.items()}
-    layouts = {read_weights(path)[1].get("layout") for path in paths.values() if os.path.isfile(path)} - {None}
+    layouts = {model.notes.get("layout") for model in models.values()} - {None}
     dense, sparse = (dataclasses.asdict(model.config) for model in models.values())
     differ = [f"{key} {dense[key]} and {sparse[key]}" for key in dense.keys() - {"gated", "gate_bias"}
               if dense[key] != sparse[key]] + ["their layout of sums"] * (len(layouts) > 1)
@@ -445,7 +441,7 @@ def compare(args):
 
     title = f"{args.task}, {usable.sum()} pairs, dense beside sparse"
     for of in ("heads", "edges"):
-        draw_effects(found, of, SHARE, title, os.path.join(args.out, f"{of}.png"))
+        draw_effects(found, of, KINDS, SHARE, title, os.path.join(args.out, f"{of}.png"))
     circuits = {}
     for name, f in found.items():    # the edges that hold SHARE of the mean |scores|
         scores = f["edge scores"]
@@ -454,9 +450,8 @@ def compare(args):
     draw_circuits(circuits, config.n_layer, config.n_head, len(edge_names(config)),
                   f"{title}: edges with {SHARE:.0%} of the mean |scores|; width by |score|, dashed below 0",
                   os.path.join(args.out, "circuit.png"))
-    with open(os.path.join(args.out, "scores.json"), "w", encoding="utf-8") as file:
-        json.dump({**vars(args), "notes": notes, "sources": nodes(config)[:-1], "destinations": nodes(config)[1:],
-                   **found}, file, default=torch.Tensor.tolist)
+    write_json(os.path.join(args.out, "scores.json"), indent=None, content={
+        **vars(args), "notes": notes, "sources": nodes(config)[:-1], "destinations": nodes(config)[1:], **found})
 
 
 def main():
@@ -468,8 +463,7 @@ def main():
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
     parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is one, else cpu",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
     args.out = args.out or f"runs/patching-{args.task}"
     try:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from extras.figures import draw_attention, draw_training
 from extras.files import UserError, between, make_folder, write_json
 from geco import Geco
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig, allowed_edges, save_checkpoint
 
 ALPHABET = "0123456789+=?"
 SLOTS = {"reversed": 3, "paper": 5}
@@ -60,12 +60,6 @@ def toy_config(layout="reversed", **fields):
     """A small GPT. 2 layers: a carry must be computed before another slot can fetch it."""
     return GPTConfig(block_size=6 + SLOTS[layout], vocab_size=len(ALPHABET), n_layer=2, n_head=2, n_embd=64,
                      causal=layout == "reversed", **fields)
-
-
-def allowed_edges(config):
-    """Edges of one sum, over all layers and heads, with every gate open."""
-    T = config.block_size
-    return config.n_layer * config.n_head * (T * (T + 1) // 2 if config.causal else T * T)
 
 
 @torch.no_grad()
@@ -106,7 +100,7 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
                                   lr=lr, betas=(0.9, 0.95), eps=1e-5 if geco else 1e-8, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps)))    # warm-up, cosine down to a tenth
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))    # each tenth step
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if geco else None    # each tenth step
     history, best, weights = [], math.inf, None
     bar = tqdm(range(1, steps + 1), desc="sparse" if geco else "dense ", mininterval=0.5)
     for step in bar:
@@ -125,20 +119,22 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
         loss.backward()
         optimizer.step()
         schedule.step()
-        if geco and (step % 10 == 0 or step == steps):
-            averaged.update_parameters(model)
-        if geco and (step % eval_every == 0 or step == steps):
-            row |= evaluate(averaged.module, idx, targets)
-            if meets_constraint(row, geco.tau) and row["active"] < best:
-                best, weights = row["active"], copy.deepcopy(averaged.module.state_dict())
+        status = f"CE {row['ce']:.4f}"
+        if geco:
+            status += f", lam {row['lam']:.3f}, edges {row['expected']:.1f}"
+            if step % 10 == 0 or step == steps:
+                averaged.update_parameters(model)
+            if step % eval_every == 0 or step == steps:
+                row |= evaluate(averaged.module, idx, targets)
+                if meets_constraint(row, geco.tau) and row["active"] < best:
+                    best, weights = row["active"], copy.deepcopy(averaged.module.state_dict())
         history.append(row)
-        status = f", lam {row['lam']:.3f}, edges {row['expected']:.1f}" if geco else ""
-        bar.set_postfix_str(f"CE {row['ce']:.4f}{status}", refresh=False)
+        bar.set_postfix_str(status, refresh=False)
     if geco:
         model.load_state_dict(weights or averaged.module.state_dict())
-    if geco and not weights:
-        print(f"no evaluation met CE <= {geco.tau} with {MIN_ACCURACY:.1%} of the training sums right: "
-              "keeping the last model")
+        if not weights:
+            print(f"no evaluation met CE <= {geco.tau} with {MIN_ACCURACY:.1%} of the training sums right: "
+                  "keeping the last model")
     return history
 
 

@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 from extras.data import byte_encoding, gpt2_encoding, load
 from extras.figures import draw_attention, draw_curve, draw_heads
-from extras.files import UserError, between, make_folder, read_json, read_weights, write_json
+from extras.files import (UserError, between, make_folder, pick_device, read_json, read_weights, replacing,
+                          write_json)
 from geco import Geco
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig, allowed_edges, save_checkpoint
 
 SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 8, "grad-accum": 1,
            "dense-steps": 4000, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320, "eval-every": 200}
@@ -75,13 +76,8 @@ class Place:
 
     def __init__(self, device, dtype):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        name = device or next(name for name in here if here[name])
-        if not here[name]:
-            raise UserError(f"there is no {name} device here\nleave --device out, or pass --device cpu")
+        name = pick_device(device)
         self.device = torch.device(name)
-        if name == "mps":
-            print("warning: PyTorch has computed wrong results on mps before: compare a few steps with --device cpu")
         if name == "cuda":
             self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
@@ -131,11 +127,10 @@ def best_row(rows, tau):
 
 
 def write_csv(path, rows):
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(f"{path}.tmp", path)
 
 
 def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
@@ -190,7 +185,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
             group["lr"] = lr * min((step + 1) / args.warmup, 1.0 if args.schedule == "constant" else
                                    0.55 + 0.45 * math.cos(math.pi * step / steps))
         torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
-        ce = expected = active = 0.0
+        sums = torch.zeros(3, dtype=torch.float64, device=place.device)
         for micro in range(micros):
             first = ((step * micros + micro) * place.size + place.rank) * B
             idx, targets = (t.to(place.device) for t in batch(train_tokens, T, first, B, args.seed))
@@ -201,10 +196,9 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
                     if teacher:
                         loss = loss + args.distill * geco.lam * divergence(teacher, idx, found.logits)
                 (loss / micros).backward()
-            ce += found.loss.item() / micros
-            expected += found.expected_edges.mean().item() / micros
-            active += found.active_edges.mean().item() / micros
-        ce, expected, active, stop = place.mean(ce, expected, active, len(interrupted))
+            seen = found.loss, found.expected_edges.mean(), found.active_edges.mean()
+            sums += torch.stack(seen).detach() / micros
+        ce, expected, active, stop = place.mean(*sums.tolist(), len(interrupted))
         if not math.isfinite(ce):
             raise FloatingPointError(f"the cross-entropy is {ce} at step {step}: lower --lr")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -257,7 +251,10 @@ def run(args):
         encoding = byte_encoding() if args.data == "stdlib" else gpt2_encoding()
     else:
         crop = {"block_size": args.block_size} if args.block_size else {}
-        base = GPT.from_pretrained(args.init, gated=False, **crop)
+        base = GPT.from_pretrained(args.init, **crop)
+        if base.config.gated:
+            say(f"note: {args.init} has gates: the control drops them" if args.dense else
+                f"note: {args.init} has gates already, and training goes on from them")
         encoding = encoding_of(base)
     if place.rank > 0:
         place.wait()    # until rank 0 has made the token files
@@ -270,31 +267,31 @@ def run(args):
     config, args.block_size = base.config, base.config.block_size
     base.to(place.device)
     T, tokens_per_step = args.block_size, args.block_size * args.batch_size * args.grad_accum * place.size
-    cells, windows = config.n_layer * config.n_head * T * (T + 1) // 2, (len(data[0]) - 1) // T
-    if min(windows, (len(data[1]) - 1) // T) < 1:
+    if min(len(tokens) for tokens in data) <= T:
         raise UserError(f"{args.data} has too few tokens for windows of {T}\n"
                         "pass more text, or a smaller --block-size")
     if place.rank == 0:
         write_json(os.path.join(args.out, "args.json"), vars(args))
-    say(f"{sum(p.numel() for p in base.parameters()):,} parameters, {cells:,} allowed edges per sequence of {T}\n"
+    say(f"{sum(p.numel() for p in base.parameters()):,} parameters, {allowed_edges(config):,} allowed edges "
+        f"per sequence of {T}\n"
         f"{place.size} x {place.device}, {str(place.dtype).removeprefix('torch.')}, seed {args.seed}, "
         f"output in {args.out}\n"
         f"{len(data[0]):,} training and {len(data[1]):,} validation tokens, {tokens_per_step:,} tokens per step, "
         f"one pass = {len(data[0]) / tokens_per_step:,.0f} steps")
-    for kind in ("dense_steps", "steps"):
-        passes = getattr(args, kind, 0) * tokens_per_step / len(data[0])
-        if passes > 1:
-            say(f"note: --{kind.replace('_', '-')} see every token {passes:.1f} times. A constraint that is met by "
-                "memorising is not met: judge by the validation CE.")
+    steps = args.steps + (args.dense_steps if args.init == "scratch" else 0)
+    passes = steps * tokens_per_step / len(data[0])
+    if passes > 1:
+        say(f"note: {steps:,} steps see every token {passes:.1f} times. A constraint that is met by memorising is not "
+            "met: judge by the validation CE.")
 
     if args.init == "scratch":
-        args.base = os.path.join(args.out, "dense")
+        folder = os.path.join(args.out, "dense")
         if place.rank == 0:
-            os.makedirs(args.base, exist_ok=True)
-        fit(base, data, args.base, place, args, args.dense_steps, args.dense_lr)
-        args.base = os.path.join(args.base, "last.pt")
+            os.makedirs(folder, exist_ok=True)
+        fit(base, data, folder, place, args, args.dense_steps, args.dense_lr)
     if args.base_ce is None:
-        args.base_ce, = place.mean(evaluate(base, data[1], place, args)[0])
+        ce, active = evaluate(base, data[1], place, args)
+        args.base_ce, args.base_active = place.mean(ce, active.mean().item())
         args.tau = args.base_ce + 0.05 if args.tau is None else args.tau
         if place.rank == 0:
             write_json(os.path.join(args.out, "args.json"), vars(args))
@@ -302,8 +299,8 @@ def run(args):
         + ("dense control" if args.dense else f"tau {args.tau:.4f}"))
     teacher = copy.deepcopy(base).eval() if args.distill else None
     model, geco = base, None
+    config.gated, config.gate_bias = not args.dense, args.gate_bias    # the gates have no parameters: the rest stays
     if not args.dense:
-        config.gated, config.gate_bias = True, args.gate_bias    # the gates have no parameters: the rest stays
         geco = Geco(args.tau, rate=args.rate, decay=args.decay, lam_range=(1e-3, 10.0))
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
     if place.device.type == "cuda":
@@ -321,39 +318,41 @@ def report(out, control=None):
     args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
     _, state = read_weights(os.path.join(out, "last.pt"))
     rows = state["rows"]
-    base = GPT.from_pretrained(args.base, gated=False, block_size=args.block_size)
-    edges_per_token = base.config.n_layer * base.config.n_head * (args.block_size + 1) / 2
+    init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
+    base = GPT.from_pretrained(init, block_size=args.block_size)
+    edges_per_token = allowed_edges(base.config) / args.block_size
     best = None if args.dense else best_row(rows, args.tau)
     found = best or rows[-1]
-    lines = [("untouched", args.base_ce, 1.0)]
+    lines = [("untouched", args.base_ce, args.base_active)]
     if control:
         theirs = read_json(os.path.join(control, "args.json"))
         differ = [key for key in ("data", "steps", "seed", "block_size", "batch_size", "grad_accum", "eval_windows")
                   if theirs.get(key) != getattr(args, key)]
         if differ or not theirs.get("dense"):
-            raise UserError(f"{control} is no control of {out}: " + (f"other {', '.join(differ)}" if differ else "not --dense")
-                            + "\na control is a --dense run with the same options")
+            why = f"other {', '.join(differ)}" if differ else "not --dense"
+            raise UserError(f"{control} is no control of {out}: {why}\n"
+                            "a control is a --dense run with the same options")
         _, control_state = read_weights(os.path.join(control, "last.pt"))
         lines.append(("dense control", control_state["rows"][-1]["val_ce"], 1.0))
     lines.append(("dense control" if args.dense else "sparse", found["val_ce"], found["active"]))
     print(f"\n{'':16}validation CE   active edges   edges per token")
     for name, ce, active in lines:
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
+    write_json(os.path.join(out, "summary.json"), {
+        "base_ce": args.base_ce, "control_ce": lines[1][1] if control or args.dense else None,
+        "sparse_ce": None if args.dense else found["val_ce"], "tau": args.tau, "constraint_met": best is not None,
+        "active_share": found["active"], "edges_per_token": found["active"] * edges_per_token,
+        "step": found["step"], "steps": args.steps, "seed": args.seed})
     if args.dense:
         return
     which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
     print(f"tau {args.tau:.4f}, {which}, step {found['step']} of {args.steps}")
-    write_json(os.path.join(out, "summary.json"), {
-        "base_ce": args.base_ce, "control_ce": lines[1][1] if control else None, "sparse_ce": found["val_ce"],
-        "tau": args.tau, "constraint_met": best is not None, "active_share": found["active"],
-        "edges_per_token": found["active"] * edges_per_token, "step": found["step"], "steps": args.steps,
-        "seed": args.seed})
     draw_curve(rows, lines, args.tau, os.path.join(out, "curve.png"))
     L, H = base.config.n_layer, base.config.n_head
     by_head = np.array([[found[f"active_{l}.{h}"] for h in range(H)] for l in range(L)])
     draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
     sparse = GPT.from_pretrained(os.path.join(out, "best.pt" if best else "last.pt"))
-    draw_attention(attention_rows({"dense": base, "sparse": sparse}, by_head, encoding_of(base)), True,
+    draw_attention(attention_rows({"untouched": base, "sparse": sparse}, by_head, encoding_of(base)), True,
                    "Where each token reads from: the heads with the most active edges",
                    os.path.join(out, "attention.png"), size=4)
 
@@ -384,9 +383,10 @@ def main():
     option = parser.add_argument
     option("--tau", type=between(float, 1e-6, 100.0), help="target of the training CE, nats per token; without it: "
            "the untouched model's validation CE + 0.05")
-    option("--init", default="gpt2", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, or scratch")
-    option("--data", default="openwebtext", help="openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib, or a path: a .txt, "
-           "a folder of them, or a .bin of tokens")
+    option("--init", default="gpt2", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, "
+           "or scratch")
+    option("--data", default="openwebtext", help="openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib, or a path: "
+           "a .txt, a folder of them, or a .bin of tokens")
     option("--out", default="runs/gpt2", help="folder of the run")
     option("--resume", metavar="RUN", help="go on with the run in this folder, with its own options")
     option("--report", metavar="RUN", help="only draw and print the report of this run")
@@ -403,12 +403,14 @@ def main():
     option("--gate-bias", type=between(float, 0.0, 100.0), default=2.0, help="b: how far open the gates start")
     option("--rate", type=between(float, 1e-9, 100.0), default=0.05, help="kappa of GECO: how fast lam answers")
     option("--decay", type=between(float, 0.0, 0.9999), default=0.9, help="alpha of GECO: how long Cbar remembers")
-    option("--distill", type=between(float, 0.0, 1000.0), default=0.0, help="weight of KL(dense || sparse) beside the CE: both times lambda")
+    option("--distill", type=between(float, 0.0, 1000.0), default=0.0,
+           help="weight of KL(dense || sparse) beside the CE: both times lambda")
     option("--dense", action="store_true", help="the control: the same steps on the same data without gates")
     option("--dtype", choices=("float32", "bfloat16"), help="of the forward pass: bfloat16 on cuda, else float32")
     option("--compile", action="store_true", help="torch.compile the model")
-    option("--recompute", action="store_true", help="keep no activations inside a block: less memory, a third more time")
-    option("--device", choices=("cuda", "mps", "cpu"), help="the best there is")
+    option("--recompute", action="store_true",
+           help="keep no activations inside a block: less memory, a third more time")
+    option("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
     option("--seed", type=between(int, 0, 10**9), default=0, help="of initial weights, batches and gates")
     option("--eval-every", type=count, default=100, help="steps between evaluations")
     option("--eval-windows", type=count, default=128, help="sequences of the validation split they read")
@@ -416,7 +418,8 @@ def main():
         f"--{name} {value}" for name, value in SCRATCH.items()))
     for name in ("layers", "heads", "width", "dense-steps"):
         scratch.add_argument(f"--{name}", type=count, metavar="N", default=argparse.SUPPRESS, help="of the small GPT")
-    scratch.add_argument("--dense-lr", type=between(float, 1e-9, 1.0), default=argparse.SUPPRESS, help="of its training")
+    scratch.add_argument("--dense-lr", type=between(float, 1e-9, 1.0), default=argparse.SUPPRESS,
+                         help="of its training")
     args, _ = parser.parse_known_args()
     if args.init == "scratch":
         parser.set_defaults(**{key.replace("-", "_"): value for key, value in SCRATCH.items()})
@@ -432,8 +435,12 @@ def main():
                 raise UserError("--dense is the control: it has no constraint\nleave --tau and --distill out")
             make_folder(args.out)
             if os.path.exists(os.path.join(args.out, "args.json")):
-                raise UserError(f"{args.out} holds a run already\n--resume {args.out} goes on with it, another --out starts anew")
-            args.base, args.base_ce = args.init, None
+                raise UserError(f"{args.out} holds a run already\n"
+                                f"--resume {args.out} goes on with it, another --out starts anew")
+            for name in ("init", "data"):    # paths, not names: --resume and --report may run in another folder
+                if os.path.exists(getattr(args, name)):
+                    setattr(args, name, os.path.abspath(getattr(args, name)))
+            args.base_ce = None
         run(args)
     except (UserError, FloatingPointError) as error:
         parser.error(str(error))

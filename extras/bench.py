@@ -15,17 +15,14 @@ import statistics
 import sys
 import time
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from gates import reference_sparse_attention, sparse_attention
-from extras.files import UserError, between, make_folder
+from extras.figures import draw_speed
+from extras.files import UserError, between, make_folder, pick_device
 from model import GPT, GPTConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HEADS, HEAD_SIZE, TOKENS = 12, 64, 4096
 
@@ -117,24 +114,6 @@ def training_steps(device):
     return {"dense": prepare(False), "sparse": prepare(True)}
 
 
-def draw(rows, path):
-    """Time and memory against length, both axes logarithmic."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    styles = {"plain": ("C3", "plain definition"), "ours": ("C0", "ours"), "dense": ("k", "fused, dense")}
-    for name, (color, label) in styles.items():
-        for ax, n, unit in ((axes[0], 0, 1e3), (axes[1], 1, 1 / 2**20)):
-            shown = [(T, found[name][n] * unit) for T, found in rows.items() if name in found]
-            ax.loglog(*zip(*shown), "-o", color=color, label=label, base=2)
-    for ax, label in zip(axes, ("forward and backward (ms)", "peak memory above the inputs (MiB)")):
-        ax.set(xlabel="length T", ylabel=label)
-        ax.set_xticks(list(rows), [str(T) for T in rows])
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    axes[0].set_title(f"{TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}", fontsize=10)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -143,19 +122,18 @@ def main():
     parser.add_argument("--plain-up-to", type=between(int, 0, 2**20), default=2048,
                         help="longest T of the plain definition: at 4,096 it takes 10 GB")
     parser.add_argument("--repeats", type=between(int, 1, 1000), default=5, help="timed calls of each")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where; bfloat16 on cuda, float32 on a CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"),
+                        help="default: cuda if there is one, else cpu; bfloat16 on cuda, float32 on a CPU")
     parser.add_argument("--plot", metavar="PATH", help="draw the table into this file")
     args = parser.parse_args()
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA device is here\nleave --device out, or pass --device cpu")
+        device = pick_device(args.device)
         if args.plot:
             make_folder(os.path.dirname(args.plot) or ".")
     except UserError as error:
         parser.error(str(error))
 
-    device, dtype = args.device, torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, {dtype}, {TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}, medians of {args.repeats}\n\n"
           "|    T | plain ms | ours ms | dense ms | plain / ours | ours / dense | plain MiB | ours MiB | dense MiB |\n"
@@ -179,7 +157,7 @@ def main():
     print(f"\none training step of GPT-2's shape, 1 sequence of 1,024 tokens: dense {times['dense']:.2f} s, "
           f"sparse {times['sparse']:.2f} s ({times['sparse'] / times['dense']:.2f}x)")
     if args.plot:
-        draw(rows, args.plot)
+        draw_speed(rows, f"{TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}", args.plot)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ A source is a name (see --data in train.py) or a path. Text is cut into document
 validation split as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split.
 """
 import ast
-import hashlib
-import http.client
 import lzma
 import os
 import re
@@ -15,7 +13,6 @@ import shutil
 import sys
 import sysconfig
 import tarfile
-import urllib.request
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -25,8 +22,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))    # extras/ stands beside the modules it builds on
-from extras.files import UserError
+from extras.files import UserError, fetch
 
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"
 OPENWEBTEXT_10K = "https://cdn-datasets.huggingface.co/nlp/datasets/openwebtext/openwebtext-10k.tar.xz"
@@ -52,8 +48,8 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:    # requests' errors are OSErrors; ValueError: wrong hash
-        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nTIKTOKEN_CACHE_DIR names a folder that "
-                        "has it; python train.py --init scratch --data stdlib needs none") from error
+        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nTIKTOKEN_CACHE_DIR names a folder "
+                        "that has it; python train.py --init scratch --data stdlib needs none") from error
 
 
 def load(source, encoding):
@@ -80,7 +76,8 @@ def load(source, encoding):
         stamp = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         documents, key = lambda: texts_of(files), f"{Path(source).stem}-{zlib.crc32(stamp.encode()):08x}"
     else:
-        raise UserError(f"no such data: {source}\nexpected openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib or a path")
+        raise UserError(f"no such data: {source}\n"
+                        "expected openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib or a path")
     folder = cache / f"{key}-{encoding.name}"
     if not folder.exists():
         tokenise(documents(), encoding, folder)
@@ -88,30 +85,7 @@ def load(source, encoding):
 
 
 def download(url, folder):
-    """Path of url's file in the folder, fetched on the first call, all at once or not at all."""
-    path = folder / url.rpartition("/")[2]
-    if path.exists():
-        return path
-    temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if size and temporary.stat().st_size != size:
-            raise OSError(f"it ended after {temporary.stat().st_size} of {size} bytes")
-        if digest.hexdigest() != SHA256.get(url, digest.hexdigest()):
-            raise OSError(f"its sha256 is {digest.hexdigest()}, not {SHA256[url]}")
-        os.replace(temporary, path)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {url}: {error}; {OFFLINE}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return fetch(url, folder / url.rpartition("/")[2], SHA256.get(url), OFFLINE)
 
 
 def archived_texts(path):
@@ -178,7 +152,8 @@ def tokenise(documents, encoding, folder):
         if not all(counts):
             raise UserError(f"{sum(counts)} documents are too few to hold out one in {HELD_OUT}\n"
                             "put more .txt files into a folder, or two blank lines between documents")
-        os.replace(temporary, folder)
+        if not folder.exists():    # another run may have made the same one meanwhile
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

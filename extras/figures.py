@@ -107,11 +107,11 @@ def draw_heads(by_head, path):
     save(figure, path)
 
 
-def draw_effects(found, of, share, title, path):
+def draw_effects(found, of, kinds, share, title, path):
     """Figures 3 and 4a: what `measure` of patching.py found, over the number of heads or edges (of)."""
     what = {"heads": "explained effect", "edges": "share of scores"}[of]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for ax, kind in zip(axes, ("per sentence", "global")):
+    for ax, kind in zip(axes, kinds):
         for name, f in found.items():
             y, style = f[f"{what}, {kind}"], dict(STYLES[name], ms=4)
             label = f"{name}: {what}, {share:.0%} at {f[f'{of}, {kind}']} {of}"
@@ -156,5 +156,23 @@ def draw_circuits(circuits, L, H, total, title, path):
                title=f"{name}: {len(edges):,} of {total:,} edges")
         ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
         ax.set_yticks(range(L))
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_speed(rows, title, path):
+    """Time and memory against length, all axes logarithmic. rows: {T: {name: (seconds, bytes)}} of extras/bench.py."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    styles = {"plain": ("C3", ":", "plain definition"), "ours": ("C0", "-", "ours"),
+              "dense": ("k", "--", "fused, dense")}
+    for name, (color, line, label) in styles.items():
+        for ax, n, unit in ((axes[0], 0, 1e3), (axes[1], 1, 1 / 2**20)):
+            shown = [(T, found[name][n] * unit) for T, found in rows.items() if name in found]
+            ax.loglog(*zip(*shown), line, marker="o", color=color, label=label, base=2)
+    for ax, label in zip(axes, ("forward and backward (ms)", "peak memory above the inputs (MiB)")):
+        ax.set(xlabel="length T", ylabel=label)
+        ax.set_xticks(list(rows), [str(T) for T in rows])
+        ax.grid(alpha=0.3)
+    axes[0].legend()
     figure.suptitle(title)
     save(figure, path)

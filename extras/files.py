@@ -4,6 +4,7 @@ Weights are read as (tensors by name, metadata). The metadata is the rest of a c
 config.json under the key "config.json".
 """
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -11,6 +12,7 @@ import pickle
 import re
 import struct
 import tempfile
+import urllib.request
 
 import torch
 
@@ -39,11 +41,51 @@ def between(kind, low, high):
     return parse
 
 
-def write_json(path, content):
-    make_folder(os.path.dirname(path))
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(f"{path}.tmp", path)
+def pick_device(name=None):
+    """The name of a device that this machine has: `name`, or without one cuda, else cpu."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or ("cuda" if here["cuda"] else "cpu")
+    if not here[name]:
+        raise UserError(f"this machine has no {name}\npass --device cpu")
+    if name == "mps":
+        print("warning: PyTorch has computed wrong results on mps before: compare a few numbers with --device cpu")
+    return name
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to. It takes the place of `path` at the end, and is gone after an error."""
+    temporary = f"{path}.{os.getpid()}.tmp"    # two processes may write the same file at once
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path, content, indent=1):
+    make_folder(os.path.dirname(path) or ".")
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=indent, default=torch.Tensor.tolist)
+
+
+def fetch(url, path, sha256, advice):
+    """path, downloaded from url if it is not there yet. sha256: None where unknown; advice: what to do if it fails."""
+    if os.path.exists(path):
+        return path
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+        with replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, temporary, hash_prefix=sha256)
+            if size and os.path.getsize(temporary) != size:    # torch.hub takes a broken connection for the end
+                raise OSError(f"it ended after {os.path.getsize(temporary)} of {size} bytes")
+    except (OSError, http.client.HTTPException, RuntimeError) as error:    # RuntimeError: wrong hash
+        raise UserError(f"cannot download {url}: {first_line(error)}\n{advice}") from error
+    return path
 
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
@@ -53,23 +95,11 @@ GPT2_SHA256 = {    # None: not known to us
 }
 
 
-def download(name):
-    """Path of GPT-2's weights in torch.hub's cache, fetched on the first call."""
-    url, folder = GPT2_URL.format(name), os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, f"{name}.safetensors")
-    if not os.path.exists(path):
-        try:
-            os.makedirs(folder, exist_ok=True)
-            torch.hub.download_url_to_file(url, path, hash_prefix=GPT2_SHA256[name])
-            if GPT2_SHA256[name] is None:    # a connection that breaks off must not leave half a file for ever
-                read_safetensors(path, only_check=True)
-        except (OSError, http.client.HTTPException, RuntimeError, UserError) as error:    # RuntimeError: wrong hash
-            if os.path.exists(path):
-                os.remove(path)
-            raise UserError(f"cannot download {url}: {first_line(error)}\nDownload it elsewhere and pass its path instead "
-                            f"of '{name}', or put it at {path}; offline: python train.py --init scratch --data stdlib"
-                            ) from error
-    return path
+def fetch_gpt2(name):
+    """Path of GPT-2's weights in torch.hub's cache, downloaded on the first call."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{name}.safetensors")
+    return fetch(GPT2_URL.format(name), path, GPT2_SHA256[name], "Download it elsewhere and pass its path instead "
+                 f"of '{name}', or put it at {path}; offline: python train.py --init scratch --data stdlib")
 
 
 BAD_PICKLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, TypeError,
@@ -133,7 +163,7 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path, only_check=False):
+def read_safetensors(path):
     """The format: header length (8 bytes, little-endian), header (JSON), then the raw data of all tensors."""
     try:
         with open(path, "rb") as file:
@@ -150,8 +180,6 @@ def read_safetensors(path, only_check=False):
                 dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
                 if dtype is None:
                     raise ValueError(f"{name} has the unsupported type {entry['dtype']}")
-                if only_check:
-                    continue
                 file.seek(8 + length + begin)
                 raw = bytearray(file.read(end - begin))    # a copy: the file's offsets are not aligned
                 tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"])

@@ -6,13 +6,10 @@ All sentences of a task are equally long, so that they fit one batch. `encoding`
 GPT-2's. The metrics are partials of the three functions below, with arguments of one row a pair: see `select`.
 """
 import functools
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))    # extras/ stands beside the modules it builds on
 from extras.data import gpt2_encoding
 from extras.files import UserError
 from toy_addition import ALPHABET, addition_data, split

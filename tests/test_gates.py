@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gates
+from conftest import Watch
 from gates import draw_words, edge_noise, reference_sparse_attention, sample_gates, sparse_attention
 
 ATTENTIONS = [reference_sparse_attention, sparse_attention]
@@ -172,18 +172,6 @@ def test_recomputed_activations_draw_the_same_gates(small_blocks):
         assert torch.equal(a, b)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation inside returns."""
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return result
-
-
 @pytest.mark.parametrize("attention, low, high", [(reference_sparse_attention, 15, 16), (sparse_attention, 3.5, 4)])
 def test_memory_grows_linearly_with_length(attention, low, high, monkeypatch):
     """Four times the length: four times the largest tensor in either pass, and four times what is kept for the
@@ -192,12 +180,12 @@ def test_memory_grows_linearly_with_length(attention, low, high, monkeypatch):
     monkeypatch.setattr(gates, "CELLS_CPU", 1)
     largest, kept = [], []
     for T in (64, 256):
-        sizes = []
-        with LargestTensor() as mode, torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        sizes, elements = [], []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t)
+        with hooks, Watch(lambda t: elements.append(t.untyped_storage().nbytes() // t.element_size())):
             y, expected, _ = attention(*qkv(B=1, H=1, T=T, D=8), 0.5, True, True)
             (y.sum() + expected.sum()).backward()
-        largest.append(mode.elements)
+        largest.append(max(elements))
         kept.append(sum(sizes))
     assert low <= largest[1] / largest[0] <= high and low <= kept[1] / kept[0] <= high
 
@@ -326,6 +314,17 @@ def test_extreme_draws_stay_finite(monkeypatch, u):
     gates.sum().backward()
     assert gates.tolist() == ([0, 0, 0, 0, 0, 1] if u == 0 else [0, 0, 1, 1, 1, 1])
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e19])
+def test_huge_scores_stay_finite(attention, scale):
+    """Scores of +-1e19 stay finite in softmax, sigmoid and their gradients."""
+    q, k, v = ((t * s).detach().requires_grad_() for t, s in zip(qkv(dtype=torch.float32), (scale, 1.0, 1.0)))
+    y, expected, active = attention(q, k, v, 1.0, True, True)
+    (y.sum() + expected.sum()).backward()
+    for t in (y, expected, active, q.grad, k.grad, v.grad):
+        assert t.isfinite().all()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -609,7 +609,7 @@ def test_a_users_mistake_gets_three_lines_and_exit_code_2(tmp_path, monkeypatch,
     if VOCABULARY.is_dir():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
         cases.append(((words, words, "ioi"), "ioi has sentences of 14 tokens, the model reads at most 8"))
-    monkeypatch.setattr(torch.mps, "is_available", lambda: False, raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for (a, b, task, *rest), message in cases:
         code, stdout, stderr = command(monkeypatch, capsys, "--dense", a, "--sparse", b, "--task", task,
                                        "--pairs", 10, "--out", tmp_path / "out", *rest)

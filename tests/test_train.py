@@ -108,7 +108,8 @@ def test_validation_against_a_loop(tiny):
     each = [-torch.log_softmax(out.logits[0], -1)[torch.arange(16), rows[s + 1:s + 17]].mean()
             for out, s in zip(logits, range(0, 112, 16))]
     assert ce == pytest.approx(float(sum(each)) / 7, abs=1e-5)
-    expected = sum((model.attention_maps(rows[None, s:s + 16])[:, 0] > 0).sum((-2, -1)) for s in range(0, 112, 16)) / (7 * 136)
+    maps = (model.attention_maps(rows[None, s:s + 16])[:, 0] for s in range(0, 112, 16))
+    expected = sum((m > 0).sum((-2, -1)) for m in maps) / (7 * 136)
     torch.testing.assert_close(active, expected.double(), atol=1e-6, rtol=0)
 
 
@@ -178,7 +179,8 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, how):
 def test_two_ranks_follow_one_process(tiny, every_step):
     go(tiny, *options(tiny, tiny / "two", *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4"),
        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
-    here(tiny, *options(tiny, tiny / "micro", *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4", "--grad-accum", "2"))
+    here(tiny, *options(tiny, tiny / "micro", *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4",
+                        "--grad-accum", "2"))
     one = log(every_step)
     for other in (log(tiny / "two"), log(tiny / "micro")):
         assert len(one) == len(other) == 21
@@ -190,13 +192,16 @@ def test_two_ranks_follow_one_process(tiny, every_step):
 
 def test_scratch_control_and_report(tiny, capsys):
     """The offline path, small: a dense phase, the gates, a dense control from the same weights, one table."""
-    scratch = ["--init", "scratch", "--data", "stdlib", "--layers", "1", "--heads", "2", "--width", "16", "--block-size", "32",
-               "--batch-size", "4", "--eval-windows", "8", "--eval-every", "10", "--device", "cpu"]
+    scratch = ["--init", "scratch", "--data", "stdlib", "--layers", "1", "--heads", "2", "--width", "16",
+               "--block-size", "32", "--batch-size", "4", "--eval-windows", "8", "--eval-every", "10",
+               "--device", "cpu"]
     sparse, control = tiny / "sparse", tiny / "control"
     here(tiny, *scratch, "--dense-steps", "20", "--steps", "10", "--out", sparse)
     assert len(log(sparse / "dense")) == 3
-    here(tiny, "--init", sparse / "dense" / "last.pt", "--data", "stdlib", "--dense", "--steps", "10", "--eval-windows", "8",
-       "--batch-size", "4", "--grad-accum", "1", "--device", "cpu", "--out", control)
+    here(tiny, "--init", sparse / "dense" / "last.pt", "--data", "stdlib", "--dense", "--steps", "10",
+         "--eval-windows", "8", "--batch-size", "4", "--grad-accum", "1", "--device", "cpu", "--out", control)
+    theirs = json.loads((control / "summary.json").read_text())
+    assert theirs["control_ce"] == log(control)[-1]["val_ce"] and theirs["sparse_ce"] is None
     before = (sparse / "log.csv").read_text()
     (sparse / "curve.png").unlink()
     capsys.readouterr()
@@ -215,7 +220,8 @@ def test_distillation_pulls_towards_the_teacher(tiny):
     """From a copy with other weights in the last layer, KL falls faster with the weight than without."""
     out = {}
     for weight in ("0", "100"):
-        here(tiny, *options(tiny, tiny / f"distill{weight}", "--tau", "5.6", "--distill", weight, "--steps", "10", *OPEN))
+        here(tiny, *options(tiny, tiny / f"distill{weight}", "--tau", "5.6", "--distill", weight, "--steps", "10",
+                            *OPEN))
         model = load_checkpoint(tiny / f"distill{weight}" / "last.pt")
         idx = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(0))
         out[weight] = train.divergence(load_checkpoint(tiny / "init.pt"), idx, model(idx).logits).item()
@@ -250,7 +256,8 @@ def test_recomputing_activations_changes_nothing(tiny):
 def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.setenv("TORCH_HOME", str(tiny / "home"))
     save_checkpoint(GPT(GPTConfig(16, 13, 1, 1, 8)), tmp_path / "odd.pt")
-    names = {"INIT": tiny / "init.pt", "TEXT": tiny / "text.txt", "WHOLE": finished[0], "ODD": tmp_path / "odd.pt", "OUT": tmp_path / "out"}
+    names = {"INIT": tiny / "init.pt", "TEXT": tiny / "text.txt", "WHOLE": finished[0], "ODD": tmp_path / "odd.pt",
+             "OUT": tmp_path / "out"}
     args = ["/".join(str(names.get(part, part)) for part in arg.split("/")) if arg[0] != "/" else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     with pytest.raises(SystemExit) as stop:
@@ -264,6 +271,8 @@ def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
 @pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the texts lie beside the checkout in development only")
 def test_real_text_in_gpt2_tokens(tiny, monkeypatch, capsys):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
-    here(tiny, "--init", "scratch", "--data", SHARED / "text", "--layers", "1", "--heads", "1", "--width", "8", "--block-size",
-                "32", "--batch-size", "4", "--dense-steps", "4", "--steps", "2", "--eval-windows", "4", "--out", tiny / "real", "--device", "cpu")
-    assert "3,705,151 training and 123,359 validation tokens" in capsys.readouterr().out and (tiny / "real" / "attention.png").exists()
+    here(tiny, "--init", "scratch", "--data", SHARED / "text", "--layers", "1", "--heads", "1", "--width", "8",
+         "--block-size", "32", "--batch-size", "4", "--dense-steps", "4", "--steps", "2", "--eval-windows", "4",
+         "--out", tiny / "real", "--device", "cpu")
+    assert "3,705,151 training and 123,359 validation tokens" in capsys.readouterr().out
+    assert (tiny / "real" / "attention.png").exists()
