@@ -27,27 +27,17 @@ through v only. (3) is in the metric's units: a first-order estimate of what exa
 Shapes: N pairs, B batch, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1)
 sources and as many destinations.
 """
-import argparse
 import contextlib
-import dataclasses
 import math
-import os
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from extras.figures import draw_circuits, draw_effects
-from extras.files import UserError, between, make_folder, pick_device, write_json
-from extras.tasks import TASKS, addition, copy, docstring, greater_than, ioi, make_pairs, select
-from model import GPT
+from extras.files import UserError
+from extras.tasks import addition, copy, docstring, greater_than, ioi, select
 
-SHARE = 0.9        # of the effect that a circuit must explain
-USABLE = 0.1       # least m(clean) - m(corrupt) of a pair that has an effect to explain, in the metric's units
-FAILS = 0.8        # a model that is right in a smaller share of the clean sentences does not do the task
-BATCH = 25         # pairs at a time where every source's output is held: 1 GB for GPT-2 small and 40 positions
-EDGE_SAMPLE = 30   # edges that are also patched for real
+SHARE = 0.9    # of the effect that a circuit must explain
 
 
 # ---- The graph
@@ -142,24 +132,36 @@ def head_scores(model, clean, corrupt, metric):
     effect = metric(logits) - m_corrupt
     effect[effect == 0] = 1
     heads = torch.eye(L * H, dtype=torch.bool, device=logits.device).view(L * H, 1, L, H)
-    patched = [metric(run_with_heads(model, corrupt, seen, head)) for head in tqdm(heads, desc="heads")]
+    patched = [metric(run_with_heads(model, corrupt, seen, head)) for head in tqdm(heads, desc="heads", leave=False)]
     return ((torch.stack(patched, 1) - m_corrupt[:, None]) / effect[:, None]).view(-1, L, H)
 
 
 @torch.no_grad()
-def explained_effect(model, clean, corrupt, metric, order):
-    """(L*H+1): EE(k) of the first k heads of `order` patched together, k = 0 ... L*H (2).
+def metric_of_first_heads(model, clean, corrupt, metric, order):
+    """(N,L*H+1): the metric with the first k heads of `order` patched together, k = 0 ... L*H.
 
-    order: heads l*H + h, best first, one ranking (L*H) for all pairs or one a pair (N,L*H). EE(L*H) is 1 only where
-    the clean and the corrupted sentence share the tokens at which m is read.
+    order: heads l*H + h, best first, one ranking (L*H) for all pairs or one a pair (N,L*H).
     """
     L, H = model.config.n_layer, model.config.n_head
     logits, seen = run(model, clean)
     rank = order.to(logits.device).view(-1, L * H).argsort(-1).view(-1, L, H)     # argsort inverts a permutation
-    m = torch.stack([metric(run_with_heads(model, corrupt, seen, rank < k)).mean()
-                     for k in tqdm(range(L * H + 1), desc="heads together")])
-    effect = metric(logits).mean() - m[0]
-    return (m - m[0]) / (effect if effect else 1)                                 # equal sentences: 0 throughout
+    return torch.stack([metric(run_with_heads(model, corrupt, seen, rank < k))
+                        for k in tqdm(range(L * H + 1), desc="heads together", leave=False)], 1)
+
+
+def explained_effect(model, clean, corrupt, metric, order):
+    """(L*H+1): EE(k) (2), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
+    tokens at which m is read."""
+    with torch.no_grad():
+        m_clean = metric(run(model, clean)[0]).mean()
+    return share_of_effect(metric_of_first_heads(model, clean, corrupt, metric, order), m_clean)
+
+
+def share_of_effect(m, m_clean):
+    """(2) from what was measured: m (N,K), column 0 unpatched; m_clean (N) or their mean. Equal sentences: 0."""
+    m = m.mean(0)
+    effect = m_clean.mean() - m[0]
+    return (m - m[0]) / (effect if effect else 1)
 
 
 def heads_needed(curve, share=SHARE):
@@ -318,159 +320,6 @@ def kept_circuit(model, edges, clean, corrupt, metric):
         return metric(F.linear(model.ln_f(x), model.wte.weight))                       # GPT-2's head is tied
 
 
-# ---- What the command does
-
-def spearman(x, y):
-    """Rank correlation of two equally long sequences of numbers; None if one of them is constant."""
-    def ranks(values):    # equal values share the mean of their ranks
-        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (count.cumsum() - (count - 1) / 2)[group]
-    x, y = ranks(x), ranks(y)
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else None
-
-
-@torch.no_grad()
-def both_metrics(model, clean, corrupt, metric):
-    """m(clean) and m(corrupt), (N) each."""
-    return [metric(run(model, tokens)[0]).cpu() for tokens in (clean, corrupt)]
-
-
-KINDS = ("per sentence", "global")    # a ranking for each pair, or one by the mean score over all pairs
-
-
-def measure(model, pairs, seed):
-    """All that is shown of one model, on pairs that have an effect, as {what: number, list or tensor}."""
-    config, N = model.config, len(pairs[0])
-    batches = [(rows, select(*pairs, rows)) for rows in torch.arange(N).split(BATCH)]
-    m_clean, m_corrupt = both_metrics(model, *pairs)
-    effect, found = m_clean - m_corrupt, {}
-
-    def joined(function, *arguments, **options):    # (N,...) from one batch after the other
-        return torch.cat([function(model, *batch, *arguments, **options).cpu() for _, batch in batches])
-
-    heads = head_scores(model, *pairs).cpu()                                      # (N,L,H)
-    edges = {"off": joined(edge_scores)}                                          # (N,S,S), gate gradient off
-    if config.gated:
-        edges["on"] = joined(edge_scores, gate_gradient=True)
-    found["head scores"], found["edge scores"] = heads.mean(0), edges["off"].mean(0)
-    for kind in KINDS:
-        by_head, by_edge = heads, edges["off"]
-        if kind == "global":
-            by_head, by_edge = by_head.mean(0, keepdim=True), by_edge.mean(0, keepdim=True)
-        curve = explained_effect(model, *pairs, by_head.flatten(1).argsort(descending=True)).cpu()
-        found[f"explained effect, {kind}"], found[f"heads, {kind}"] = curve, heads_needed(curve)
-        curve = cumulative(by_edge).mean(0)[:1 + len(edge_names(config))]
-        found[f"share of scores, {kind}"], found[f"edges, {kind}"] = curve, edges_needed(curve)
-        kept = found[f"kept circuit, {kind}"] = {}
-        points = {round(n) for n in np.geomspace(1, len(curve) - 1, 12)} | {edges_needed(curve) or 1}
-        for n in tqdm(sorted(points), desc="circuits"):
-            chosen = top_edges(by_edge, n, config).expand(N, -1, -1)
-            m = torch.cat([kept_circuit(model, chosen[rows], *batch).cpu() for rows, batch in batches])
-            kept[n] = ((m - m_corrupt).mean() / effect.mean()).item()
-        found[f"effect of these edges alone, {kind}"] = kept.get(edges_needed(curve))
-
-    # Attribution against truth, over all (pair, head) and all (pair, sampled edge).
-    names, sample = nodes(config), edge_names(config)
-    sample = [sample[i] for i in np.random.default_rng(seed).permutation(len(sample))[:EDGE_SAMPLE]]
-    exact = torch.stack([joined(exact_edge_score, *edge) for edge in tqdm(sample, desc="edges")], 1)
-    at = [names.index(s) for s, _ in sample], [names.index(d) - 1 for _, d in sample]
-    for gate, s in edges.items():
-        of_heads = s[:, 1:].sum(-1).unflatten(1, (config.n_layer, -1))[..., :-1]  # (N,L,H)
-        key = f"rank correlation with patching, gate gradient {gate}"
-        found[key + ", heads"] = spearman(of_heads.flatten(), (heads * effect[:, None, None]).flatten())
-        found[key + ", edges"] = spearman(s[:, at[0], at[1]].flatten(), exact.flatten())
-    return found
-
-
-def load_models(args):
-    """{"dense": model, "sparse": model} on the device, and the layout of sums if they are the toy's."""
-    args.device = pick_device(args.device)
-    paths = {"dense": args.dense, "sparse": args.sparse}
-    models = {name: GPT.from_pretrained(path).to(args.device) for name, path in paths.items()}
-    layouts = {model.notes.get("layout") for model in models.values()} - {None}
-    dense, sparse = (dataclasses.asdict(model.config) for model in models.values())
-    differ = [f"{key} {dense[key]} and {sparse[key]}" for key in dense.keys() - {"gated", "gate_bias"}
-              if dense[key] != sparse[key]] + ["their layout of sums"] * (len(layouts) > 1)
-    if differ:
-        raise UserError(f"{args.dense} and {args.sparse} differ in {', '.join(sorted(differ))}\n"
-                        "compare two models of one shape")
-    return models, layouts.pop() if layouts else None
-
-
-def print_table(found):
-    print(f"\n{'':58}    dense   sparse   dense / sparse")
-    for what in dict.fromkeys([*found["dense"], *found["sparse"]]):    # a model without gates lacks some rows
-        values = [f.get(what) for f in found.values()]
-        if any(isinstance(x, (int, float)) for x in values):
-            text = "".join(f"{'--' if x is None else x if isinstance(x, int) else f'{x:.3f}':>9}" for x in values)
-            ratio = what.startswith(("heads", "edges")) and all(values)
-            print(f"{what:58}{text}" + (f"{values[0] / values[1]:10.1f}x" if ratio else ""))
-
-
-def compare(args):
-    models, layout = load_models(args)
-    config = models["dense"].config
-    pairs = make_pairs(args.task, args.pairs, args.seed, config, layout)
-    make_folder(args.out)
-    print(f"{args.task}: {args.pairs} pairs of {pairs[0].shape[1]} tokens, {config.n_layer} layers of "
-          f"{config.n_head} heads, {len(edge_names(config)):,} edges, {args.device}, seed {args.seed}, "
-          f"output in {args.out}")
-    found, notes, usable = {}, [], torch.ones(args.pairs, dtype=torch.bool)
-    for name, model in models.items():
-        m_clean, m_corrupt = both_metrics(model, *pairs)
-        small = m_clean - m_corrupt < USABLE
-        usable &= ~small
-        accuracy = (m_clean > 0).double().mean().item()
-        found[name] = {"metric, clean": m_clean.mean().item(), "metric, corrupted": m_corrupt.mean().item(),
-                       "accuracy, clean": accuracy, "accuracy, corrupted": (m_corrupt > 0).double().mean().item(),
-                       "pairs skipped": int(small.sum())}
-        gates = f"gates with b = {model.config.gate_bias}" if model.config.gated else "no gates"
-        notes.append(f"{name}: {getattr(args, name)}, {gates}; {small.sum()} pairs skipped, where "
-                     f"m(clean) - m(corrupt) < {USABLE}")
-        if accuracy < FAILS:
-            notes.append(f"{name} fails the task: accuracy {accuracy:.0%}. Its circuit, if smaller, is not simpler")
-    notes.append(f"measured on the {usable.sum()} pairs that both models can use")
-    if not usable.any():
-        raise UserError(f"no usable pair: in none is m(clean) - m(corrupt) at least {USABLE} in both models\n"
-                        f"too small in {found['dense']['pairs skipped']} (dense) and "
-                        f"{found['sparse']['pairs skipped']} (sparse) of {args.pairs}: they do not do this task")
-    for name, model in models.items():
-        found[name] |= measure(model, select(*pairs, usable), args.seed)
-    print_table(found)
-    print("\n".join(notes))
-
-    title = f"{args.task}, {usable.sum()} pairs, dense beside sparse"
-    for of in ("heads", "edges"):
-        draw_effects(found, of, KINDS, SHARE, title, os.path.join(args.out, f"{of}.png"))
-    circuits = {}
-    for name, f in found.items():    # the edges that hold SHARE of the mean |scores|
-        scores = f["edge scores"]
-        chosen = top_edges(scores, f["edges, global"] or 0, config).nonzero().tolist()
-        circuits[name] = [(s, d + 1, scores[s, d].item()) for s, d in chosen]
-    draw_circuits(circuits, config.n_layer, config.n_head, len(edge_names(config)),
-                  f"{title}: edges with {SHARE:.0%} of the mean |scores|; width by |score|, dashed below 0",
-                  os.path.join(args.out, "circuit.png"))
-    write_json(os.path.join(args.out, "scores.json"), indent=None, content={
-        **vars(args), "notes": notes, "sources": nodes(config)[:-1], "destinations": nodes(config)[1:], **found})
-
-
-def main():
-    parser = argparse.ArgumentParser(usage="python patching.py --dense A --sparse B --task T [options]",
-                                     description="Circuits of a task, dense beside sparse: Figures 3 to 5.")
-    for name in ("--dense", "--sparse"):
-        parser.add_argument(name, required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
-    parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
-    parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
-    parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
-    args = parser.parse_args()
-    args.out = args.out or f"runs/patching-{args.task}"
-    try:
-        compare(args)
-    except UserError as error:
-        parser.error(str(error))
-
-
 if __name__ == "__main__":
+    from extras.compare import main    # it imports this file
     main()

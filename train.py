@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import lru_cache
 
 import numpy as np
@@ -32,17 +31,15 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from extras.data import byte_encoding, gpt2_encoding, load
-from extras.figures import draw_attention, draw_curve, draw_heads
-from extras.files import (UserError, between, make_folder, pick_device, read_json, read_weights, replacing,
-                          write_json)
+from extras.data import byte_encoding, encoding_of, gpt2_encoding, load
+from extras.files import UserError, between, make_folder, read_json, read_weights, replacing, write_json
+from extras.place import Place
+from extras.report import best_row, report
 from geco import Geco
 from model import GPT, GPTConfig, allowed_edges, save_checkpoint
 
 SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 8, "grad-accum": 1,
            "dense-steps": 4000, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320, "eval-every": 200}
-PROMPTS = {"gpt2": "When Mary and John went to the store, John gave a drink to",
-           "bytes": "Return a list of the values"}
 
 
 # ---- Data
@@ -69,38 +66,6 @@ def batch(tokens, T, first, count, seed):
     return rows[:, :-1], rows[:, 1:]
 
 
-# ---- One process among several (or the only one)
-
-class Place:
-    """Where this process computes: its rank of size, device, and the autocast of its forward passes."""
-
-    def __init__(self, device, dtype):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        name = pick_device(device)
-        self.device = torch.device(name)
-        if name == "cuda":
-            self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        self.dtype = getattr(torch, dtype or ("bfloat16" if name == "cuda" else "float32"))
-        if self.size > 1 and not dist.is_initialized():    # the others may wait long while rank 0 tokenises
-            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def mean(self, *numbers):
-        """The numbers averaged over all ranks: the same floats on every rank."""
-        if self.size == 1:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return (total / self.size).tolist()
-
-    def wait(self):
-        if self.size > 1:
-            dist.barrier()
-
-
 # ---- Training
 
 @torch.no_grad()
@@ -119,11 +84,6 @@ def evaluate(model, tokens, place, args):
         active = active + out.active_edges.cpu().double() * len(part) / len(starts)
     model.train(model_was_training)
     return ce, active
-
-
-def best_row(rows, tau):
-    """The sparsest evaluation that meets the constraint, or None. Hard gates, validation loss."""
-    return min((row for row in rows if row["val_ce"] <= tau), key=lambda row: row["active"], default=None)
 
 
 def write_csv(path, rows):
@@ -234,15 +194,6 @@ def divergence(teacher, idx, logits):
     return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
 
 
-def encoding_of(model):
-    """The tokens a model was trained on, told by the size of its vocabulary."""
-    encodings = {50257: gpt2_encoding, 257: byte_encoding}
-    if model.config.vocab_size not in encodings:
-        raise UserError(f"no encoding is known for a vocabulary of {model.config.vocab_size} tokens\n"
-                        "expected 50257 (GPT-2) or 257 (bytes)")
-    return encodings[model.config.vocab_size]()
-
-
 def run(args):
     """From the options to the report. What args.out holds already is used, not made again: so a run resumes."""
     place = Place(args.device, args.dtype)
@@ -309,66 +260,6 @@ def run(args):
         report(args.out, args.control)
     if place.size > 1:
         dist.destroy_process_group()
-
-
-# ---- Report
-
-def report(out, control=None):
-    """Table, summary.json and pictures of the run in `out`, from its files alone. control: a --dense run's folder."""
-    args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
-    _, state = read_weights(os.path.join(out, "last.pt"))
-    rows = state["rows"]
-    init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
-    base = GPT.from_pretrained(init, block_size=args.block_size)
-    edges_per_token = allowed_edges(base.config) / args.block_size
-    best = None if args.dense else best_row(rows, args.tau)
-    found = best or rows[-1]
-    lines = [("untouched", args.base_ce, args.base_active)]
-    if control:
-        theirs = read_json(os.path.join(control, "args.json"))
-        differ = [key for key in ("data", "steps", "seed", "block_size", "batch_size", "grad_accum", "eval_windows")
-                  if theirs.get(key) != getattr(args, key)]
-        if differ or not theirs.get("dense"):
-            why = f"other {', '.join(differ)}" if differ else "not --dense"
-            raise UserError(f"{control} is no control of {out}: {why}\n"
-                            "a control is a --dense run with the same options")
-        _, control_state = read_weights(os.path.join(control, "last.pt"))
-        lines.append(("dense control", control_state["rows"][-1]["val_ce"], 1.0))
-    lines.append(("dense control" if args.dense else "sparse", found["val_ce"], found["active"]))
-    print(f"\n{'':16}validation CE   active edges   edges per token")
-    for name, ce, active in lines:
-        print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
-    write_json(os.path.join(out, "summary.json"), {
-        "base_ce": args.base_ce, "control_ce": lines[1][1] if control or args.dense else None,
-        "sparse_ce": None if args.dense else found["val_ce"], "tau": args.tau, "constraint_met": best is not None,
-        "active_share": found["active"], "edges_per_token": found["active"] * edges_per_token,
-        "step": found["step"], "steps": args.steps, "seed": args.seed})
-    if args.dense:
-        return
-    which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
-    print(f"tau {args.tau:.4f}, {which}, step {found['step']} of {args.steps}")
-    draw_curve(rows, lines, args.tau, os.path.join(out, "curve.png"))
-    L, H = base.config.n_layer, base.config.n_head
-    by_head = np.array([[found[f"active_{l}.{h}"] for h in range(H)] for l in range(L)])
-    draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
-    sparse = GPT.from_pretrained(os.path.join(out, "best.pt" if best else "last.pt"))
-    draw_attention(attention_rows({"untouched": base, "sparse": sparse}, by_head, encoding_of(base)), True,
-                   "Where each token reads from: the heads with the most active edges",
-                   os.path.join(out, "attention.png"), size=4)
-
-
-def attention_rows(models, by_head, encoding, columns=4):
-    """Figure 2b, for draw_attention: one prompt in the heads with the most active edges, a row for each model."""
-    first = next(iter(models.values()))
-    tokens = encoding.encode_ordinary(PROMPTS[encoding.name])[:first.config.block_size]
-    labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
-    rows = []
-    for name, model in models.items():
-        maps = model.eval().attention_maps(torch.tensor([tokens]))[:, 0].flatten(0, 1).numpy()    # (L*H,T,T)
-        rows.append(("reading position", [
-            (f"{name}, layer {n // by_head.shape[1]}, head {n % by_head.shape[1]}", maps[n], labels, labels,
-             name == "sparse") for n in np.argsort(-by_head, axis=None)[:columns]]))
-    return rows
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

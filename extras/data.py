@@ -52,6 +52,15 @@ def gpt2_encoding():
                         "that has it; python train.py --init scratch --data stdlib needs none") from error
 
 
+def encoding_of(model):
+    """The tokens a model was trained on, told by the size of its vocabulary."""
+    encodings = {50257: gpt2_encoding, 257: byte_encoding}
+    if model.config.vocab_size not in encodings:
+        raise UserError(f"no encoding is known for a vocabulary of {model.config.vocab_size} tokens\n"
+                        "expected 50257 (GPT-2) or 257 (bytes)")
+    return encodings[model.config.vocab_size]()
+
+
 def load(source, encoding):
     """Tokens of the training and of the validation split, two memory-mapped arrays of whole documents."""
     cache = Path(torch.hub.get_dir(), "sparse-attention-data")

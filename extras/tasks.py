@@ -177,7 +177,7 @@ def addition(n, seed, layout="reversed"):
     of the sum then differ by one. Metric: logit(its tens digit) - logit(the corrupted sum's), at the tens slot.
     """
     rng, (idx, targets) = np.random.default_rng(seed), addition_data(layout)
-    clean = rng.choice(split()[1].numpy(), n)                                     # row 100 a + b is a + b
+    clean = rng.choice(split()[1].numpy(), n, replace=False)                      # row 100 a + b is a + b
 
     def carries(rows):
         return rows // 100 % 10 + rows % 10 >= 10
@@ -192,8 +192,9 @@ def addition(n, seed, layout="reversed"):
 TASKS = {"ioi": ioi, "greater-than": greater_than, "copy": copy, "docstring": docstring, "addition": addition}
 
 
-def make_pairs(task, n, seed, config, layout=None):
-    """The task's pairs, if they fit a model of this config. layout: how a toy checkpoint writes sums."""
+def make_pairs(task, n, seed, config, layout=None, **options):
+    """The task's pairs, if they fit a model of this config. layout: how a toy checkpoint writes sums; options: the
+    task's own."""
     V, T = config.vocab_size, config.block_size
     if task == "addition":
         if layout is None or V != len(ALPHABET):
@@ -207,7 +208,7 @@ def make_pairs(task, n, seed, config, layout=None):
                         f"{' (bytes): no name or year is one token' if V == 257 else ''}\n"
                         f"take --task {'addition or copy' if V == len(ALPHABET) else 'copy'}")
     else:
-        pairs = TASKS[task](n, seed)
+        pairs = TASKS[task](n, seed, **options)
     if pairs[0].shape[1] > T:
         raise UserError(f"{task} has sentences of {pairs[0].shape[1]} tokens, the model reads at most {T}\n"
                         "take another --task")

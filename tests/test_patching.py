@@ -13,7 +13,7 @@ import tiktoken
 import torch
 
 import patching as P
-from extras import tasks
+from extras import compare, tasks
 from extras.data import byte_encoding
 from extras.files import UserError
 from model import GPT, GPTConfig, SelfAttention, save_checkpoint
@@ -499,9 +499,9 @@ def test_spearman_by_counting_ranks():
     ranks = [[sum(b < a for b in v) + (sum(b == a for b in v) + 1) / 2 for a in v] for v in (x, y)]
     centred = np.array(ranks) - 3.5
     expected = centred[0] @ centred[1] / math.sqrt(centred[0] @ centred[0] * (centred[1] @ centred[1]))
-    assert P.spearman(torch.tensor(x), y) == pytest.approx(expected)
-    assert P.spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
-    assert P.spearman([1, 2], [1, 1]) is None
+    assert compare.spearman(torch.tensor(x), y) == pytest.approx(expected)
+    assert compare.spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert compare.spearman([1, 2], [1, 1]) is None
 
 
 # ---- The command
@@ -509,7 +509,7 @@ def test_spearman_by_counting_ranks():
 def command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["patching.py", *map(str, arguments)])
     try:
-        P.main()
+        compare.main()
         code = 0
     except SystemExit as stopped:
         code = stopped.code
@@ -542,7 +542,7 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
     pairs = P.addition(30, 0, layout)
     models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
     m = {name: [pairs[2](model(tokens).logits) for tokens in pairs[:2]] for name, model in models.items()}
-    usable = torch.stack([a - b >= P.USABLE for a, b in m.values()]).all(0)
+    usable = torch.stack([a - b >= compare.USABLE for a, b in m.values()]).all(0)
     assert f"measured on the {usable.sum()} pairs" in stdout and 0 < usable.sum() < 30
     for name, model in models.items():
         f, part = found[name], P.select(*pairs, usable)
@@ -550,7 +550,7 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
         assert (f"{name} fails the task: accuracy {accuracy:.0%}" in stdout) == (accuracy < 0.8)
         assert f["metric, clean"] == pytest.approx(m[name][0].mean().item(), rel=1e-4)
         assert f["accuracy, clean"] == pytest.approx(accuracy)
-        assert f["pairs skipped"] == (m[name][0] - m[name][1] < P.USABLE).sum()
+        assert f["pairs skipped"] == (m[name][0] - m[name][1] < compare.USABLE).sum()
         heads, edges = P.head_scores(model, *part), P.edge_scores(model, *part)
         np.testing.assert_allclose(f["head scores"], heads.mean(0), atol=1e-3)
         np.testing.assert_allclose(f["edge scores"], edges.mean(0), atol=1e-3)
@@ -558,7 +558,7 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
         assert f["edges, global"] == P.edges_needed(P.cumulative(edges.mean(0)))
         assert f["heads, global"] == P.heads_needed(P.explained_effect(
             model, *part, heads.mean(0).flatten().argsort(descending=True)))
-        for kind in P.KINDS:
+        for kind in compare.KINDS:
             assert f[f"kept circuit, {kind}"]["26"] == pytest.approx(1, abs=1e-3)    # all edges: m(clean)
     assert "rank correlation" in stdout and "1.0x" in stdout
 
@@ -566,7 +566,7 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
 def test_the_same_command_gives_the_same_scores(tmp_path, monkeypatch, capsys):
     dense, sparse = toys(tmp_path)
     for picture in ("draw_effects", "draw_circuits"):    # seconds, and not looked at here
-        monkeypatch.setattr(P, picture, lambda *_: None)
+        monkeypatch.setattr(compare, picture, lambda *_: None)
     contents = []
     for n in range(2):
         torch.rand(n + 3)    # what others drew must not matter

@@ -120,7 +120,7 @@ def test_a_minute_of_training_becomes_sparse():
     sparse = GPT(toy.toy_config(gated=True))
     sparse.load_state_dict(dense.state_dict())
     start = toy.evaluate(sparse, idx[held_out], targets[held_out])["active"]
-    history = toy.train(sparse, idx[train_rows], targets[train_rows], 1500, 2e-3, eval_every=50,
+    history = toy.train(sparse, idx[train_rows], targets[train_rows], 1000, 2e-3, eval_every=50,
                         geco=toy.toy_geco(0.05))
     found = toy.evaluate(sparse, idx[held_out], targets[held_out])
     assert found["active"] < 0.4 * 180 < start and found["accuracy"] > 0.99

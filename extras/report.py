@@ -1,0 +1,77 @@
+"""The report of a run of train.py, from its files alone: a table, summary.json and three pictures (Figure 2)."""
+import argparse
+import os
+
+import numpy as np
+import torch
+
+from extras.data import encoding_of
+from extras.figures import draw_attention, draw_curve, draw_heads
+from extras.files import UserError, read_json, read_weights, write_json
+from model import GPT, allowed_edges
+
+PROMPTS = {"gpt2": "When Mary and John went to the store, John gave a drink to",
+           "bytes": "Return a list of the values"}
+
+
+def best_row(rows, tau):
+    """The sparsest evaluation that meets the constraint, or None. Hard gates, validation loss."""
+    return min((row for row in rows if row["val_ce"] <= tau), key=lambda row: row["active"], default=None)
+
+
+def report(out, control=None):
+    """Table, summary.json and pictures of the run in `out`, from its files alone. control: a --dense run's folder."""
+    args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
+    _, state = read_weights(os.path.join(out, "last.pt"))
+    rows = state["rows"]
+    init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
+    base = GPT.from_pretrained(init, block_size=args.block_size)
+    edges_per_token = allowed_edges(base.config) / args.block_size
+    best = None if args.dense else best_row(rows, args.tau)
+    found = best or rows[-1]
+    lines = [("untouched", args.base_ce, args.base_active)]
+    if control:
+        theirs = read_json(os.path.join(control, "args.json"))
+        differ = [key for key in ("data", "steps", "seed", "block_size", "batch_size", "grad_accum", "eval_windows")
+                  if theirs.get(key) != getattr(args, key)]
+        if differ or not theirs.get("dense"):
+            why = f"other {', '.join(differ)}" if differ else "not --dense"
+            raise UserError(f"{control} is no control of {out}: {why}\n"
+                            "a control is a --dense run with the same options")
+        _, control_state = read_weights(os.path.join(control, "last.pt"))
+        lines.append(("dense control", control_state["rows"][-1]["val_ce"], 1.0))
+    lines.append(("dense control" if args.dense else "sparse", found["val_ce"], found["active"]))
+    print(f"\n{'':16}validation CE   active edges   edges per token")
+    for name, ce, active in lines:
+        print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
+    write_json(os.path.join(out, "summary.json"), {
+        "base_ce": args.base_ce, "control_ce": lines[1][1] if control or args.dense else None,
+        "sparse_ce": None if args.dense else found["val_ce"], "tau": args.tau, "constraint_met": best is not None,
+        "active_share": found["active"], "edges_per_token": found["active"] * edges_per_token,
+        "step": found["step"], "steps": args.steps, "seed": args.seed})
+    if args.dense:
+        return
+    which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
+    print(f"tau {args.tau:.4f}, {which}, step {found['step']} of {args.steps}")
+    draw_curve(rows, lines, args.tau, os.path.join(out, "curve.png"))
+    L, H = base.config.n_layer, base.config.n_head
+    by_head = np.array([[found[f"active_{l}.{h}"] for h in range(H)] for l in range(L)])
+    draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
+    sparse = GPT.from_pretrained(os.path.join(out, "best.pt" if best else "last.pt"))
+    draw_attention(attention_rows({"untouched": base, "sparse": sparse}, by_head, encoding_of(base)), True,
+                   "Where each token reads from: the heads with the most active edges",
+                   os.path.join(out, "attention.png"), size=4)
+
+
+def attention_rows(models, by_head, encoding, columns=4):
+    """Figure 2b, for draw_attention: one prompt in the heads with the most active edges, a row for each model."""
+    first = next(iter(models.values()))
+    tokens = encoding.encode_ordinary(PROMPTS[encoding.name])[:first.config.block_size]
+    labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
+    rows = []
+    for name, model in models.items():
+        maps = model.eval().attention_maps(torch.tensor([tokens]))[:, 0].flatten(0, 1).numpy()    # (L*H,T,T)
+        rows.append(("reading position", [
+            (f"{name}, layer {n // by_head.shape[1]}, head {n % by_head.shape[1]}", maps[n], labels, labels,
+             name == "sparse") for n in np.argsort(-by_head, axis=None)[:columns]]))
+    return rows
