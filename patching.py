@@ -132,8 +132,10 @@ def head_scores(model, clean, corrupt, metric):
     effect = metric(logits) - m_corrupt
     effect[effect == 0] = 1
     heads = torch.eye(L * H, dtype=torch.bool, device=logits.device).view(L * H, 1, L, H)
-    patched = [metric(run_with_heads(model, corrupt, seen, head)) for head in tqdm(heads, desc="heads", leave=False)]
-    return ((torch.stack(patched, 1) - m_corrupt[:, None]) / effect[:, None]).view(-1, L, H)
+    m = m_corrupt.new_empty(len(effect), L * H)    # copied into: a metric may return a view of all its logits
+    for n, head in enumerate(tqdm(heads, desc="heads", leave=False)):
+        m[:, n] = metric(run_with_heads(model, corrupt, seen, head))
+    return ((m - m_corrupt[:, None]) / effect[:, None]).view(-1, L, H)
 
 
 @torch.no_grad()
@@ -145,8 +147,10 @@ def metric_of_first_heads(model, clean, corrupt, metric, order):
     L, H = model.config.n_layer, model.config.n_head
     logits, seen = run(model, clean)
     rank = order.to(logits.device).view(-1, L * H).argsort(-1).view(-1, L, H)     # argsort inverts a permutation
-    return torch.stack([metric(run_with_heads(model, corrupt, seen, rank < k))
-                        for k in tqdm(range(L * H + 1), desc="heads together", leave=False)], 1)
+    m = logits.new_empty(len(logits), L * H + 1)
+    for k in tqdm(range(L * H + 1), desc="heads together", leave=False):
+        m[:, k] = metric(run_with_heads(model, corrupt, seen, rank < k))
+    return m
 
 
 def explained_effect(model, clean, corrupt, metric, order):

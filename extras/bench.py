@@ -23,6 +23,7 @@ from gates import reference_sparse_attention, sparse_attention
 from extras.figures import draw_speed
 from extras.files import UserError, between, make_folder, pick_device
 from model import GPT, GPTConfig
+from patching import edge_scores, head_scores, run, source_differences
 
 HEADS, HEAD_SIZE, TOKENS = 12, 64, 4096
 
@@ -114,6 +115,35 @@ def training_steps(device):
     return {"dense": prepare(False), "sparse": prepare(True)}
 
 
+def patching_times(device, pairs=100, length=16):
+    """Print what patching.py's two workhorses cost on GPT-2's shape, beside the passes that they cannot do without."""
+    model, repeats = GPT(GPTConfig()).to(device).eval(), 3
+    clean, corrupt = torch.randint(50257, (2, pairs, length), generator=torch.Generator().manual_seed(0))
+
+    def metric(logits):
+        return logits[:, -1, 0]
+
+    def products(n):
+        """What edge_scores must form for n pairs: every source's output, and its product with every gradient."""
+        differences = source_differences(model, *seen)[:n]
+        grads = differences.transpose(0, 1)    # as many destinations as sources
+        torch.einsum("nstc,dntc->nsd", differences, grads)
+
+    batch = slice(0, 25)
+    with torch.no_grad():
+        seen = [run(model, tokens[batch])[1] for tokens in (clean, corrupt)]
+        forward = alternate({"": lambda: model(clean.to(device))}, device, repeats)[""]
+        formed = alternate({"": lambda: products(25)}, device, repeats)[""]
+    both = alternate({"": lambda: metric(model(clean[batch].to(device)).logits).sum().backward()}, device, repeats)[""]
+    edges = alternate({"": lambda: edge_scores(model, clean[batch], corrupt[batch], metric)}, device, repeats)[""]
+    heads = seconds(lambda: head_scores(model, clean, corrupt, metric), device)
+    L, H = model.config.n_layer, model.config.n_head
+    print(f"head_scores, {pairs} pairs of {length} tokens: {heads:.1f} s, {heads / (L * H * forward):.2f} times its "
+          f"{L * H} forward passes of {forward:.2f} s\n"
+          f"edge_scores, 25 pairs: {edges:.2f} s, of which {formed:.2f} s are the products; the rest is "
+          f"{(edges - formed) / both:.2f} times one forward and backward pass of {both:.2f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -124,6 +154,7 @@ def main():
     parser.add_argument("--repeats", type=between(int, 1, 1000), default=5, help="timed calls of each")
     parser.add_argument("--device", choices=("cuda", "cpu"),
                         help="default: cuda if there is one, else cpu; bfloat16 on cuda, float32 on a CPU")
+    parser.add_argument("--patching", action="store_true", help="time patching.py instead: 10 minutes on 2 cores")
     parser.add_argument("--plot", metavar="PATH", help="draw the table into this file")
     args = parser.parse_args()
     try:
@@ -135,6 +166,10 @@ def main():
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if args.patching:
+        print(f"{where}, float32")
+        patching_times(device)
+        return
     print(f"{where}, {dtype}, {TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}, medians of {args.repeats}\n\n"
           "|    T | plain ms | ours ms | dense ms | plain / ours | ours / dense | plain MiB | ours MiB | dense MiB |\n"
           "|---|---|---|---|---|---|---|---|---|")

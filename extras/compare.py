@@ -73,6 +73,8 @@ def measure(model, pairs, seed):
                         top_edges(by_edge, n, config))
             kept[n] = ((m - m_corrupt).mean() / effect.mean()).item()
         found[f"effect of these edges alone, {kind}"] = kept.get(edges_needed(curve))
+        enough = (n for n, effect_alone in kept.items() if effect_alone >= SHARE)
+        found[f"edges that alone have {SHARE:.0%} of the effect, {kind}"] = next(enough, None)    # of those tried
 
     # Attribution against truth, over all (pair, head) and all (pair, sampled edge).
     names, sample = nodes(config), edge_names(config)

@@ -53,9 +53,10 @@ def draws(attention, B, H, T, seed):
     torch.manual_seed(seed)
     if attention is reference_sparse_attention:
         return torch.rand(B, H, T, T, dtype=torch.float64).numpy()
-    rows, keys = draw_words(B * H, T, "cpu").numpy().astype(np.int64)
+    keys, rows = draw_words(B * H, T, "cpu").numpy().astype(np.int64)
     products = (rows[:, :, None] * keys[:, None, :]).reshape(B, H, T, T)    # exact: 31 + 31 bits
-    return ((products + 2**31) % 2**32) / 2**32                             # in [0, 1) by definition of %
+    signed = (products + 2**31) % 2**32 - 2**31                             # in [-2^31, 2^31) by definition of %
+    return 0.5 + signed * (1 - 2**-23) / 2**32                              # reference: open if u > 1 - sigmoid(g)
 
 
 @pytest.fixture
@@ -192,9 +193,9 @@ def test_memory_grows_linearly_with_length(attention, low, high, monkeypatch):
 
 def noise(T, seed, head=0):
     torch.manual_seed(seed)
-    rows, keys = draw_words(2, T, "cpu")[:, head]
+    keys, rows = draw_words(2, T, "cpu")[:, head]
     out = torch.empty(T, T, dtype=torch.int32), torch.empty(T, T, dtype=torch.float64)
-    return edge_noise(rows[:, None], keys[None], *out).numpy()
+    return edge_noise(keys[:, None], rows[None], *out).numpy()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
