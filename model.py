@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from extras.files import GPT2_SHA256, UserError, fetch_gpt2, from_gpt2_layout, infer_config, read_weights, replacing
+from extras.lora import merged
 from gates import sparse_attention
 
 
@@ -117,6 +118,8 @@ def cross_entropy(logits, targets, cells=2**24):
 
 
 class GPT(nn.Module):
+    Config = GPTConfig
+
     def __init__(self, config, generator=None):
         """A model with GPT-2's random initial weights, drawn from `generator` (default: torch's global one)."""
         super().__init__()
@@ -126,7 +129,7 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         self.config = config
-        self.notes = {}    # numbers and words beside the weights in the checkpoint that from_pretrained read
+        self.notes = {}    # words that a checkpoint keeps beside the weights
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)    # tokens; also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)    # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -142,18 +145,25 @@ class GPT(nn.Module):
                 std = std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std
                 nn.init.normal_(p, std=std, generator=generator)
 
+    def embed(self, idx):
+        """idx (B,T) -> what the first block reads, (B,T,C)."""
+        return self.wte(idx) + self.wpe.weight[:idx.shape[1]]
+
+    def unembed(self, x):
+        """What the last block writes (B,T,C) -> logits (B,T,V)."""
+        return F.linear(self.ln_f(x), self.wte.weight)
+
     def forward(self, idx, targets=None):
         """idx (B,T) tokens; targets (B,T) next tokens, -1 where a position does not count -> Output."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise UserError(f"{T} positions are more than the model's block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[:T]                      # (B,T,C)
-        expected, active = [], []
+        x, expected, active = self.embed(idx), [], []                # (B,T,C)
         for block in self.h:
             x, e, a = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
             expected.append(e)
             active.append(a)
-        logits = F.linear(self.ln_f(x), self.wte.weight)             # (B,T,V)
+        logits = self.unembed(x)                                     # (B,T,V)
         loss = None if targets is None else cross_entropy(logits, targets)
         return Output(logits, loss, torch.stack(expected), torch.stack(active))
 
@@ -164,7 +174,7 @@ class GPT(nn.Module):
         Attention applied to one-hot values returns its own weights, so no second definition is needed. Call
         `model.eval()` first, or the gates are drawn anew.
         """
-        maps, x = [], self.wte(idx) + self.wpe.weight[:idx.shape[1]]                 # (B,T,C)
+        maps, x = [], self.embed(idx)                                                # (B,T,C)
         for block in self.h:
             q, k, v = block.attn.heads(block.ln_1(x))                                # (B,H,T,D)
             onehot = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
@@ -189,27 +199,37 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
         return idx
 
+    @staticmethod
+    def from_layout(tensors, hf, path, n_head=None):
+        """Hugging Face's tensors and config.json -> ours, our config's fields, and notes."""
+        tensors = from_gpt2_layout(tensors, path)
+        return tensors, infer_config(tensors, hf, path, n_head), {}
+
     @classmethod
     def from_pretrained(cls, name_or_path, **config_overrides):
         """A model with trained weights, on the CPU, in float32, in eval mode.
 
         name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once); a folder or file in Hugging
-        Face's GPT-2 layout (safetensors or pytorch_model.bin, also sharded); or a checkpoint of ours.
+        Face's GPT-2 layout (safetensors or pytorch_model.bin, also sharded); or a checkpoint of ours. A folder of the
+        Llama family, or a checkpoint made from one, gives the Llama of extras/llama.py.
         config_overrides: fields of GPTConfig, as gated=True; a smaller block_size crops the positions.
         """
         path = fetch_gpt2(name_or_path) if name_or_path in GPT2_SHA256 else os.fspath(name_or_path)
         tensors, meta = read_weights(path)
+        hf = meta.get("config.json", {})
+        if "n_kv_head" in meta.get("config", {}) or hf.get("model_type", "gpt2") != "gpt2":
+            from extras.llama import Llama as cls                    # which builds on this file
         if "config" in meta:                                         # a checkpoint of ours
-            fields = meta["config"]
+            fields, notes = meta["config"], {key: value for key, value in meta.items() if isinstance(value, str)}
         else:
-            tensors = from_gpt2_layout(tensors, path)
-            fields = infer_config(tensors, meta, path, config_overrides.get("n_head"))
-        unknown = {**fields, **config_overrides}.keys() - GPTConfig.__dataclass_fields__.keys()
+            tensors, fields, notes = cls.from_layout(tensors, hf, path, config_overrides.get("n_head"))
+        known = cls.Config.__dataclass_fields__
+        unknown = {**fields, **config_overrides}.keys() - known.keys()
         if unknown:
-            raise UserError(f"{path}: GPTConfig has no field {', '.join(sorted(unknown))}\n"
-                            f"it has {', '.join(GPTConfig.__dataclass_fields__)}")
-        config = GPTConfig(**{**fields, **config_overrides})
-        tensors = {name: t.float() for name, t in tensors.items()}
+            raise UserError(f"{path}: {cls.Config.__name__} has no field {', '.join(sorted(unknown))}\n"
+                            f"it has {', '.join(known)}")
+        config = cls.Config(**{**fields, **config_overrides})
+        tensors = {name: t.float() for name, t in merged(tensors).items()}
         if config.block_size < fields["block_size"] and "wpe.weight" in tensors:
             tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size].clone()
         with torch.device("meta"):                                   # shapes only: no second copy in memory
@@ -217,25 +237,26 @@ class GPT(nn.Module):
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         problems = [f"{name} is missing" if name not in found else
-                    f"{name} is not a GPT-2 tensor" if name not in expected else
+                    f"{name} is not a {cls.__name__} tensor" if name not in expected else
                     f"{name} has shape {found[name]} instead of {expected[name]}"
                     for name in {**expected, **found} if found.get(name) != expected.get(name)]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise UserError(f"{path} does not fit this GPT: {'; '.join(problems[:3])}{more}\n"
-                            f"expected a GPT-2 of {config}")
+            raise UserError(f"{path} does not fit this {cls.__name__}: {'; '.join(problems[:3])}{more}\n"
+                            f"expected {config}")
         model.load_state_dict(tensors, assign=True)
-        model.notes = {key: value for key, value in meta.items() if isinstance(value, (str, int, float))}
+        model.notes = notes
         return model.eval()
 
 
 def save_checkpoint(model, path, **extra):
-    """Write {"config", "model", **extra} to path, all at once or not at all.
+    """Write {"config", "model", **model.notes, **extra} to path, all at once or not at all.
 
     extra: tensors and plain values only, so that `torch.load(path, weights_only=True)` reads it.
     """
+    config = dataclasses.asdict(model.config)
     with replacing(path) as temporary:
-        torch.save({**extra, "config": dataclasses.asdict(model.config), "model": model.state_dict()}, temporary)
+        torch.save({**model.notes, **extra, "config": config, "model": model.state_dict()}, temporary)
 
 
 load_checkpoint = GPT.from_pretrained    # a checkpoint of ours is one more layout that it reads

@@ -321,7 +321,7 @@ def kept_circuit(model, edges, clean, corrupt, metric):
             y = block.mlp(block.ln_2(read(before["mlp_in", l], l * (H + 1) + H)))      # (N,1,T,C)
             change = torch.cat((change, y - before["mlp_out", l][:, None]), 1)
         x = read(before["logits_in", len(model.h)], len(model.h) * (H + 1))[:, 0]      # (N,T,C)
-        return metric(F.linear(model.ln_f(x), model.wte.weight))                       # GPT-2's head is tied
+        return metric(model.unembed(x))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from extras.data import byte_encoding, encoding_of, gpt2_encoding, load
+from extras.data import load
+from extras.encodings import byte_encoding, encoding_of, gpt2_encoding
 from extras.files import UserError, between, make_folder, read_json, read_weights, replacing, write_json
+from extras.lora import add_adapters
 from extras.place import Place
 from extras.report import best_row, report
 from geco import Geco
@@ -100,7 +102,8 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
     to. Leaves out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
     """
     train_tokens, val_tokens = data
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     last, step, rows, recent = os.path.join(out, "last.pt"), 0, [], []    # recent: CE since the last row
     of_step = {"c_bar": math.nan, "lam": geco.lam if geco else math.nan, "expected": math.nan}    # of the last step
     if os.path.exists(last):
@@ -161,7 +164,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
         ce, expected, active, stop = place.mean(*sums.tolist(), len(interrupted))
         if not math.isfinite(ce):
             raise FloatingPointError(f"the cross-entropy is {ce} at step {step}: lower --lr")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         status = f"CE {ce:.3f}"
@@ -251,6 +254,8 @@ def run(args):
     teacher = copy.deepcopy(base).eval() if args.distill else None
     model, geco = base, None
     config.gated, config.gate_bias = not args.dense, args.gate_bias    # the gates have no parameters: the rest stays
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, args.lora_all, place.dtype, torch.Generator().manual_seed(args.seed))
     if not args.dense:
         geco = Geco(args.tau, rate=args.rate, decay=args.decay, lam_range=(1e-3, 10.0))
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
@@ -296,6 +301,9 @@ def main():
     option("--decay", type=between(float, 0.0, 0.9999), default=0.9, help="alpha of GECO: how long Cbar remembers")
     option("--distill", type=between(float, 0.0, 1000.0), default=0.0,
            help="weight of KL(dense || sparse) beside the CE: both times lambda")
+    option("--lora-rank", type=between(int, 0, 10**4), default=0,
+           help="train adapters of this rank on q and k, not the weights; 0: off")
+    option("--lora-all", action="store_true", help="adapters on every linear layer")
     option("--dense", action="store_true", help="the control: the same steps on the same data without gates")
     option("--dtype", choices=("float32", "bfloat16"), help="of the forward pass: bfloat16 on cuda, else float32")
     option("--compile", action="store_true", help="torch.compile the model")

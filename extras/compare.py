@@ -91,18 +91,18 @@ def measure(model, pairs, seed):
 
 
 def load_models(args):
-    """{"dense": model, "sparse": model} on the device, and the layout of sums if they are the toy's."""
+    """{"dense": model, "sparse": model} on the device, two of one shape."""
     args.device = pick_device(args.device)
     models = {name: GPT.from_pretrained(path).to(args.device)
               for name, path in (("dense", args.dense), ("sparse", args.sparse))}
-    layouts = {model.notes.get("layout") for model in models.values()} - {None}
+    layouts = {model.notes.get("layout") for model in models.values()}
     dense, sparse = (dataclasses.asdict(model.config) for model in models.values())
     differ = [f"{key} {dense[key]} and {sparse[key]}" for key in dense.keys() - {"gated", "gate_bias"}
               if dense[key] != sparse[key]] + ["their layout of sums"] * (len(layouts) > 1)
     if differ:
         raise UserError(f"{args.dense} and {args.sparse} differ in {', '.join(sorted(differ))}\n"
                         "compare two models of one shape")
-    return models, layouts.pop() if layouts else None
+    return models
 
 
 def print_table(found):
@@ -116,10 +116,10 @@ def print_table(found):
 
 
 def compare(args):
-    models, layout = load_models(args)
+    models = load_models(args)
     config = models["dense"].config
     options = {"corruption": args.corruption} if args.task == "ioi" else {}
-    pairs = make_pairs(args.task, args.pairs, args.seed, config, layout, **options)
+    pairs = make_pairs(args.task, args.pairs, args.seed, models["dense"], **options)
     make_folder(args.out)
     print(f"{args.task}: {args.pairs} pairs of {pairs[0].shape[1]} tokens, {config.n_layer} layers of "
           f"{config.n_head} heads, {len(edge_names(config)):,} edges, {args.device}, seed {args.seed}, "

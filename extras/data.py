@@ -1,6 +1,6 @@
 """Text in, tokens out: the data that train.py reads.
 
-    train, val = load("openwebtext", gpt2_encoding())     # two arrays of tokens, in the cache after the first call
+    train, val = load("openwebtext", gpt2_encoding())    # two arrays of tokens, in the cache after the first call
 
 A source is a name (see --data in train.py) or a path. Text is cut into documents, each goes to the training or the
 validation split as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split.
@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
@@ -35,30 +34,6 @@ OFFLINE = ("without network: --data PATH (a .txt, a folder of them, a .bin of to
            "python train.py --init scratch --data stdlib")
 HELD_OUT = 20       # one document in 20 is for validation
 SHARD_MAGIC = 20240520
-
-
-def byte_encoding():
-    """Every byte is a token, 256 is <|endoftext|>: a vocabulary that needs no download."""
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
-                             special_tokens={"<|endoftext|>": 256})
-
-
-def gpt2_encoding():
-    """GPT-2's byte-pair encoding, which tiktoken downloads once."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:    # requests' errors are OSErrors; ValueError: wrong hash
-        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nTIKTOKEN_CACHE_DIR names a folder "
-                        "that has it; python train.py --init scratch --data stdlib needs none") from error
-
-
-def encoding_of(model):
-    """The tokens a model was trained on, told by the size of its vocabulary."""
-    encodings = {50257: gpt2_encoding, 257: byte_encoding}
-    if model.config.vocab_size not in encodings:
-        raise UserError(f"no encoding is known for a vocabulary of {model.config.vocab_size} tokens\n"
-                        "expected 50257 (GPT-2) or 257 (bytes)")
-    return encodings[model.config.vocab_size]()
 
 
 def load(source, encoding):

@@ -201,9 +201,8 @@ def from_gpt2_layout(tensors, path):
             for name, t in tensors.items()}
 
 
-def infer_config(tensors, meta, path, n_head=None):
-    """GPTConfig's fields from the tensors' shapes; the number of heads from config.json, else D = 64."""
-    hf = meta.get("config.json", {})
+def infer_config(tensors, hf, path, n_head=None):
+    """GPTConfig's fields from the tensors' shapes; the number of heads from config.json (hf), else D = 64."""
     wanted = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     for key, value in wanted.items():

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from extras.data import encoding_of
+from extras.encodings import encoding_of
 from extras.figures import draw_attention, draw_curve, draw_heads
 from extras.files import UserError, read_json, read_weights, write_json
 from model import GPT, allowed_edges

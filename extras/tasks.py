@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import torch
 
-from extras.data import gpt2_encoding
+from extras.encodings import encoding_of, gpt2_encoding
 from extras.files import UserError
 from toy_addition import ALPHABET, addition_data, split
 
@@ -192,10 +192,9 @@ def addition(n, seed, layout="reversed"):
 TASKS = {"ioi": ioi, "greater-than": greater_than, "copy": copy, "docstring": docstring, "addition": addition}
 
 
-def make_pairs(task, n, seed, config, layout=None, **options):
-    """The task's pairs, if they fit a model of this config. layout: how a toy checkpoint writes sums; options: the
-    task's own."""
-    V, T = config.vocab_size, config.block_size
+def make_pairs(task, n, seed, model, **options):
+    """The task's pairs, if they fit the model: its vocabulary, its length and, for sums, how it writes them."""
+    V, T, layout = model.config.vocab_size, model.config.block_size, model.notes.get("layout")
     if task == "addition":
         if layout is None or V != len(ALPHABET):
             raise UserError("addition needs checkpoints of toy_addition.py, which know how they write a sum\n"
@@ -203,12 +202,12 @@ def make_pairs(task, n, seed, config, layout=None, **options):
         pairs = addition(n, seed, layout)
     elif task == "copy":
         pairs = copy(n, seed, V, min(10, (T + 1) // 2, V - 2))
-    elif V != 50257:
+    elif V != 50257 and "tokenizer" not in model.notes:
         raise UserError(f"{task} is written in GPT-2's 50257 tokens, this model has {V}"
                         f"{' (bytes): no name or year is one token' if V == 257 else ''}\n"
                         f"take --task {'addition or copy' if V == len(ALPHABET) else 'copy'}")
     else:
-        pairs = TASKS[task](n, seed, **options)
+        pairs = TASKS[task](n, seed, encoding=encoding_of(model), **options)
     if pairs[0].shape[1] > T:
         raise UserError(f"{task} has sentences of {pairs[0].shape[1]} tokens, the model reads at most {T}\n"
                         "take another --task")

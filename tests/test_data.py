@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from extras import data
+from extras.encodings import byte_encoding
 from extras.files import UserError
 
 TEXTS = [f"document {n} " + "word " * n for n in range(120)]
@@ -75,7 +76,7 @@ def test_openwebtext(server, source, name):
     outer = tar_of([("subset/one_data.xz", inner_archive(TEXTS[:70])),
                     ("subset/two_data.xz", inner_archive(TEXTS[70:], 70))])
     (server / name).write_bytes(outer)
-    encoding = data.byte_encoding()
+    encoding = byte_encoding()
     check_split(*data.load(source, encoding), encoding)
     (server / name).unlink()
     check_split(*data.load(source, encoding), encoding)    # from the cache
@@ -84,7 +85,7 @@ def test_openwebtext(server, source, name):
 def test_openwebtext_10k(server):
     outer = lzma.compress(tar_of([("openwebtext-10k/10k.xz", inner_archive(TEXTS))]))
     (server / "openwebtext-10k.tar.xz").write_bytes(outer)
-    encoding = data.byte_encoding()
+    encoding = byte_encoding()
     check_split(*data.load("openwebtext-10k", encoding), encoding)
 
 
@@ -97,7 +98,7 @@ def shard(tokens, count=None):
 def test_fineweb(server):
     (server / "fineweb_train_000003.bin").write_bytes(shard(range(200)))
     (server / "fineweb_val_000000.bin").write_bytes(shard([5, 6, 7]))
-    train, val = data.load("fineweb-3", data.byte_encoding())
+    train, val = data.load("fineweb-3", byte_encoding())
     assert train.tolist() == list(range(200)) and val.tolist() == [5, 6, 7]
 
 
@@ -105,12 +106,12 @@ def test_a_known_hash_is_checked(server, monkeypatch):
     (server / "fineweb_train_000001.bin").write_bytes(shard([1, 2, 3]))
     monkeypatch.setitem(data.SHA256, data.FINEWEB.format("train", 1), "0" * 64)
     with pytest.raises(UserError, match="invalid hash value .*expected .0000"):
-        data.load("fineweb", data.byte_encoding())
+        data.load("fineweb", byte_encoding())
 
 
 def test_no_network_names_the_offline_ways(server, cache):
     with pytest.raises(UserError, match="cannot download .*404[^$]*--data PATH[^$]*--init scratch --data stdlib"):
-        data.load("openwebtext", data.byte_encoding())
+        data.load("openwebtext", byte_encoding())
     assert not any(cache.iterdir())    # nothing half-written
 
 
@@ -123,7 +124,7 @@ def test_a_download_that_stops_early_leaves_nothing(server, cache, monkeypatch):
 
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "do_GET", promise_more)
     with pytest.raises(UserError, match="it ended after 400 of 1000 bytes"):
-        data.load("openwebtext", data.byte_encoding())
+        data.load("openwebtext", byte_encoding())
     assert not any(cache.iterdir())
 
 
@@ -135,12 +136,12 @@ def test_broken_archives(server, cache, damage):
                "no archive": b"<html>not here</html>" * 100}[damage]
     (server / "urlsf_subset00.tar").write_bytes(content)
     with pytest.raises(UserError, match="is damaged or truncated.*\ndelete it"):
-        data.load("openwebtext", data.byte_encoding())
+        data.load("openwebtext", byte_encoding())
     assert [path.name for path in cache.iterdir()] == ["urlsf_subset00.tar"]
 
 
 def test_text_file_and_folder(tmp_path):
-    encoding, folder = data.byte_encoding(), tmp_path / "texts"
+    encoding, folder = byte_encoding(), tmp_path / "texts"
     (folder / "sub").mkdir(parents=True)
     (folder / "a.txt").write_text("\n\n\n".join(TEXTS[:60]))
     (folder / "sub" / "b.txt").write_text("\n\n\n\n".join(TEXTS[60:]))
@@ -155,11 +156,11 @@ def test_text_file_and_folder(tmp_path):
 def test_too_few_documents(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
     with pytest.raises(UserError, match="1 documents are too few.*\n.*two blank lines"):
-        data.load(str(tmp_path / "one.txt"), data.byte_encoding())
+        data.load(str(tmp_path / "one.txt"), byte_encoding())
 
 
 def test_a_token_file_is_cut_between_documents(tmp_path):
-    encoding = data.byte_encoding()
+    encoding = byte_encoding()
     tokens = np.array(([65] * 9 + [256]) * 40 + [66] * 5, np.uint16)
     tokens.tofile(tmp_path / "tokens.bin")
     train, val = data.load(str(tmp_path / "tokens.bin"), encoding)
@@ -175,12 +176,12 @@ def test_a_token_file_is_cut_between_documents(tmp_path):
 def test_bad_token_files(tmp_path, content, message):
     (tmp_path / "bad.bin").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        data.load(str(tmp_path / "bad.bin"), data.byte_encoding())
+        data.load(str(tmp_path / "bad.bin"), byte_encoding())
 
 
 def test_no_such_source():
     with pytest.raises(UserError, match="no such data: nope\nexpected openwebtext"):
-        data.load("nope", data.byte_encoding())
+        data.load("nope", byte_encoding())
 
 
 def test_docstrings_are_the_standard_librarys():
@@ -190,7 +191,7 @@ def test_docstrings_are_the_standard_librarys():
 
 
 def test_bytes_round_trip():
-    encoding, text = data.byte_encoding(), "Überraschung \n\t € \U0001f600"
+    encoding, text = byte_encoding(), "Überraschung \n\t € \U0001f600"
     assert encoding.encode_ordinary(text) == list(text.encode())
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert encoding.n_vocab == 257 and encoding.eot_token == 256

@@ -328,7 +328,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     weights = gpt2_weights()
     missing = {name: array for name, array in weights.items() if name != "h.1.ln_2.bias"}
     refused("h.1.ln_2.bias is missing", load, tmp_path, missing)
-    refused("h.0.mlp.extra is not a GPT-2 tensor", load, tmp_path, {**weights, "h.0.mlp.extra": weights["ln_f.bias"]})
+    refused("h.0.mlp.extra is not a GPT tensor", load, tmp_path, {**weights, "h.0.mlp.extra": weights["ln_f.bias"]})
     refused(r"h.0.attn.c_proj.bias has shape \(31, 24\) instead of \(24,\)", load, tmp_path,
             {**weights, "h.0.attn.c_proj.bias": weights["wte.weight"]})
     refused("wpe.weight is missing", load, tmp_path, {n: a for n, a in weights.items() if n != "wpe.weight"})

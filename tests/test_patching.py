@@ -14,7 +14,7 @@ import torch
 
 import patching as P
 from extras import compare, tasks
-from extras.data import byte_encoding
+from extras.encodings import byte_encoding
 from extras.files import UserError
 from model import GPT, GPTConfig, SelfAttention, save_checkpoint
 from toy_addition import ALPHABET, toy_config

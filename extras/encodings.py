@@ -1,0 +1,99 @@
+"""Vocabularies as tiktoken encodings: bytes, GPT-2's, and any tokenizer.json with byte-level BPE."""
+import os
+import zlib
+from pathlib import Path
+
+import tiktoken
+
+from extras.files import UserError, read_json
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
+
+
+def byte_encoding():
+    """Every byte is a token, 256 is <|endoftext|>: a vocabulary that needs no download."""
+    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
+                             special_tokens={"<|endoftext|>": 256})
+
+
+def gpt2_encoding():
+    """GPT-2's byte-pair encoding, which tiktoken downloads once."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:    # requests' errors are OSErrors; ValueError: wrong hash
+        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nTIKTOKEN_CACHE_DIR names a folder "
+                        "that has it; python train.py --init scratch --data stdlib needs none") from error
+
+
+def encoding_of(model):
+    """The tokens that a model was trained on: its tokenizer.json, or told by the size of its vocabulary."""
+    if "tokenizer" in model.notes:
+        return tokenizer_encoding(model.notes["tokenizer"])
+    encodings = {50257: gpt2_encoding, 257: byte_encoding}
+    if model.config.vocab_size not in encodings:
+        raise UserError(f"no encoding is known for a vocabulary of {model.config.vocab_size} tokens\n"
+                        "expected 50257 (GPT-2), 257 (bytes), or a tokenizer.json beside the weights")
+    return encodings[model.config.vocab_size]()
+
+
+def bytes_of_characters():
+    """Byte-level BPE writes bytes as characters: Latin-1's printable ones as themselves, the others from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(c): b for c, b in zip(plain + [256 + n for n in range(len(others))], plain + others)}
+
+
+def split_pattern(parts):
+    """The regular expression of a tokenizer.json's pre-tokenisers, or None for those that are unknown here."""
+    kinds, last = [part.get("type") for part in parts], parts[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        return GPT2_SPLIT
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and last.get("use_regex", True):
+        return DIGITS_SPLIT
+    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        isolated = parts[0].get("behavior") == "Isolated" and not parts[0].get("invert")
+        return parts[0].get("pattern", {}).get("Regex") if isolated else None
+    return None
+
+
+def tokenizer_encoding(path):
+    """Hugging Face's tokenizer.json as a tiktoken encoding; what cannot be expressed as one is named."""
+    tokenizer = read_json(path)
+
+    def refuse(what):
+        raise UserError(f"{path}: {what} is not implemented here\n"
+                        "expected byte-level BPE like that of GPT-2, SmolLM2, OLMo or Llama 3")
+
+    model, parts = tokenizer.get("model", {}), tokenizer.get("pre_tokenizer") or {}
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        refuse(f"a {model.get('type')} model")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            refuse(f"{key}={model[key]}")
+    normalizer = tokenizer.get("normalizer")
+    if normalizer and normalizer.get("type") != "NFC":    # OLMo's; text is nearly always in this form already
+        refuse(f"the normalizer {normalizer.get('type')}")
+    parts = parts.get("pretokenizers", [parts])
+    pattern = split_pattern(parts)
+    if pattern is None:
+        refuse("the pre-tokeniser " + " + ".join(str(part.get("type")) for part in parts))
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    byte_of = bytes_of_characters()
+    try:
+        ranks = {bytes(byte_of[c] for c in token): n for token, n in model["vocab"].items() if token not in added}
+    except KeyError as error:
+        refuse(f"the character {error} in the vocabulary")
+    # tiktoken merges in the order of the tokens' numbers, Hugging Face in that of the merges: they must agree.
+    merged = ["".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
+    order = [model["vocab"].get(token, -1) for token in merged]
+    if order != sorted(order) or -1 in order:
+        refuse("a vocabulary whose numbers do not follow its merges")
+    name = f"{Path(path).parent.name}-{zlib.crc32(Path(path).read_bytes()):08x}"
+    for end in ("<|endoftext|>", "<|end_of_text|>", "</s>"):
+        if end in added:
+            return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens={**added, "<|endoftext|>": added[end]})
+    refuse("a vocabulary without <|endoftext|>")

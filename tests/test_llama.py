@@ -1,0 +1,256 @@
+"""extras/llama.py and encodings.py against a Llama in numpy and byte-pair encoding written out."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from extras.encodings import bytes_of_characters, encoding_of, tokenizer_encoding
+from extras.files import UserError
+from extras.llama import Llama
+from model import GPT, allowed_edges, load_checkpoint, save_checkpoint
+from test_model import write_safetensors
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 40,
+          "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 31,
+          "max_position_embeddings": 64, "rope_theta": 100.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+          "tie_word_embeddings": True}
+TOKENS = [3, 1, 4, 15, 9, 26, 5, 30, 0, 7, 7, 2]
+
+
+def weights(config, seed=0):
+    """Random tensors under Hugging Face's names."""
+    rng, C, M, D = np.random.default_rng(seed), config["hidden_size"], config["intermediate_size"], 4
+    G = config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], C)}
+    norms = config["architectures"] == ["LlamaForCausalLM"]
+    for n in range(config["num_hidden_layers"]):
+        at = f"model.layers.{n}."
+        shapes |= {at + "self_attn.q_proj.weight": (C, C), at + "self_attn.k_proj.weight": (G * D, C),
+                   at + "self_attn.v_proj.weight": (G * D, C), at + "self_attn.o_proj.weight": (C, C),
+                   at + "mlp.gate_proj.weight": (M, C), at + "mlp.up_proj.weight": (M, C),
+                   at + "mlp.down_proj.weight": (C, M)}
+        if norms:
+            shapes |= {at + "input_layernorm.weight": (C,), at + "post_attention_layernorm.weight": (C,)}
+    if norms:
+        shapes["model.norm.weight"] = (C,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], C)
+    return {name: rng.normal(0, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def numpy_llama(w, config, tokens):
+    """The forward pass in float64, one head and one pair of rotated numbers at a time. Returns logits (T,V)."""
+    w = {name: array.astype(np.float64) for name, array in w.items()}
+    T, H, G, D = len(tokens), config["num_attention_heads"], config["num_key_value_heads"], 4
+
+    def norm(x, at):
+        if config["architectures"] == ["OlmoForCausalLM"]:
+            return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * w[at + ".weight"]
+
+    def frequency(n):
+        f = config["rope_theta"] ** (-2 * n / D)
+        if "rope_scaling" in config:
+            s = config["rope_scaling"]
+            length = 2 * math.pi / f
+            if length > s["original_max_position_embeddings"] / s["low_freq_factor"]:
+                return f / s["factor"]
+            if length > s["original_max_position_embeddings"] / s["high_freq_factor"]:
+                smooth = (s["original_max_position_embeddings"] / length - s["low_freq_factor"]) / (
+                    s["high_freq_factor"] - s["low_freq_factor"])
+                return (1 - smooth) * f / s["factor"] + smooth * f
+        return f
+
+    def rotate(x):    # (T,D): complex numbers x_n + i x_(n + D/2), turned
+        z = x[:, :D // 2] + 1j * x[:, D // 2:]
+        z = z * np.exp(1j * np.outer(np.arange(T), [frequency(n) for n in range(D // 2)]))
+        return np.concatenate((z.real, z.imag), -1)
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for n in range(config["num_hidden_layers"]):
+        at, out = f"model.layers.{n}.", []
+        u = norm(x, at + "input_layernorm")
+        q, k, v = (u @ w[f"{at}self_attn.{name}_proj.weight"].T for name in "qkv")
+        for h in range(H):
+            g = h * G // H
+            qh, kh, vh = (t[:, i * D:(i + 1) * D] for t, i in ((q, h), (k, g), (v, g)))
+            scores = np.where(np.tri(T) > 0, rotate(qh) @ rotate(kh).T / math.sqrt(D), -np.inf)
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            out.append(p / p.sum(-1, keepdims=True) @ vh)
+        x = x + np.concatenate(out, -1) @ w[at + "self_attn.o_proj.weight"].T
+        u = norm(x, at + "post_attention_layernorm")
+        gate = u @ w[at + "mlp.gate_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (u @ w[at + "mlp.up_proj.weight"].T)) @ w[at + "mlp.down_proj.weight"].T
+    return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+def write(folder, config, w, sharded=False):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if sharded:
+        names = sorted(w)
+        weight_map = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
+        for shard in set(weight_map.values()):
+            write_safetensors(folder / shard, {name: w[name] for name in names if weight_map[name] == shard})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        write_safetensors(folder / "model.safetensors", w)
+    return folder
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"tie_word_embeddings": False}, {"num_key_value_heads": 6}, {"rope_scaling": LLAMA3},
+    {"architectures": ["OlmoForCausalLM"], "model_type": "olmo", "tie_word_embeddings": False},
+])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_logits_are_those_of_a_numpy_llama(tmp_path, change, sharded):
+    config = CONFIG | change
+    w = weights(config)
+    model = GPT.from_pretrained(write(tmp_path / "hf", config, w, sharded))
+    assert isinstance(model, Llama) and not model.training
+    expected = numpy_llama(w, config, TOKENS)
+    logits = model(torch.tensor([TOKENS])).logits[0].detach().numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    save_checkpoint(model, tmp_path / "ours.pt")
+    again = load_checkpoint(tmp_path / "ours.pt", gated=True, gate_bias=100.0)    # all gates open: dense
+    out = again(torch.tensor([TOKENS]))
+    np.testing.assert_allclose(out.logits[0].detach().numpy(), expected, atol=1e-5 * np.abs(expected).max())
+    assert out.active_edges.shape == (2, 6) and out.active_edges.min() == 1    # per query head
+
+
+def test_gates_are_counted_and_maps_are_weights(tmp_path):
+    model = GPT.from_pretrained(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.0, block_size=12)
+    idx = torch.tensor([TOKENS, TOKENS[::-1]])
+    maps, out = model.attention_maps(idx), model(idx)
+    shares = (maps > 0).sum((-2, -1)).double().mean(1) / 78
+    torch.testing.assert_close(out.active_edges.double(), shares, atol=1e-6, rtol=0)
+    assert 0.1 < shares.mean() < 0.9 and allowed_edges(model.config) == 2 * 6 * 78
+    x = torch.tensor(TOKENS)[None]
+    later = x.clone()
+    later[0, 7:] = 5
+    assert torch.equal(model(x).logits[:, :7], model(later).logits[:, :7])    # causal
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "names MistralForCausalLM\nexpected GPT-2's"),
+    ({"attention_bias": True}, "attention_bias=True\nonly attention_bias=False"),
+    ({"clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ({"head_dim": 8}, "head_dim=8"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling=.*yarn"),
+    ({"intermediate_size": 48}, "gate_proj.weight has shape"),
+    ({"num_key_value_heads": 4}, "no Llama has these sizes"),
+    ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+])
+def test_what_is_not_implemented_is_named(tmp_path, change, message):
+    folder = write(tmp_path / "hf", CONFIG | change, weights(CONFIG))
+    with pytest.raises(UserError, match=message):
+        GPT.from_pretrained(folder)
+
+
+def test_a_config_without_a_size_is_named(tmp_path):
+    config = {key: value for key, value in CONFIG.items() if key != "vocab_size"}
+    with pytest.raises(UserError, match="config.json lacks vocab_size"):
+        GPT.from_pretrained(write(tmp_path / "hf", config, weights(CONFIG)))
+
+
+# ---- Tokenizers
+
+TEXT = "The cat sat on the mat, and the cat's hat was on the cat. In 1984 the 12 cats ate the rats!  Überall\n\n sat"
+
+
+def trained_tokenizer(merges=40):
+    """A byte-level tokenizer.json, its merges learned from TEXT by the textbook algorithm."""
+    character = {b: c for c, b in bytes_of_characters().items()}
+    vocab = {character[b]: n for n, b in enumerate(sorted(character))}
+    words, pairs = [[character[b] for b in word.encode()] for word in TEXT.replace(" ", "\0 ").split("\0")], []
+    for _ in range(merges):
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = max(sorted(counts), key=counts.get)
+        pairs.append(best)
+        vocab["".join(best)] = len(vocab)
+        words = [merge(word, best) for word in words]
+    special = {"content": "<|endoftext|>", "id": len(vocab), "special": True}
+    return {"normalizer": None, "added_tokens": [special],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in pairs]}}
+
+
+def merge(word, pair):
+    out = []
+    for c in word:
+        if out and (out[-1], c) == pair:
+            out[-1] += c
+        else:
+            out.append(c)
+    return out
+
+
+def by_hand(tokenizer, pieces):
+    """Byte-pair encoding of pieces that are split already: apply the merges in order."""
+    character, tokens = {b: c for c, b in bytes_of_characters().items()}, []
+    for piece in pieces:
+        word = [character[b] for b in piece.encode()]
+        for pair in tokenizer["model"]["merges"]:
+            word = merge(word, tuple(pair.split(" ")))
+        tokens += [tokenizer["model"]["vocab"][t] for t in word]
+    return tokens
+
+
+PIECES = ["The", " cat", "'s", " hat", " ", "1", "9", "8", "4", ",", " ", "1", "2", "  ", "1", " cats", "!", " ", " Über",
+          "\n", "\n", " sat", " "]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_tokenizer_is_its_merges(tmp_path, listed):
+    tokenizer = trained_tokenizer()
+    expected = by_hand(tokenizer, PIECES)
+    if listed:    # newer files write a merge as a list
+        tokenizer["model"]["merges"] = [pair.split(" ") for pair in tokenizer["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    encoding = tokenizer_encoding(tmp_path / "tokenizer.json")
+    assert encoding.encode_ordinary("".join(PIECES)) == expected and len(expected) < len("".join(PIECES))
+    assert encoding.decode(encoding.encode_ordinary(TEXT)) == TEXT
+    assert encoding.eot_token == 296 and encoding.n_vocab == 297
+
+
+def test_a_model_brings_its_tokenizer(tmp_path):
+    config = CONFIG | {"vocab_size": 297}
+    folder = write(tmp_path / "hf", config, weights(config))
+    (folder / "tokenizer.json").write_text(json.dumps(trained_tokenizer()))
+    model = GPT.from_pretrained(folder)
+    save_checkpoint(model, tmp_path / "ours.pt")
+    for loaded in (model, load_checkpoint(tmp_path / "ours.pt")):
+        assert encoding_of(loaded).n_vocab == 297
+    del model.notes["tokenizer"]
+    with pytest.raises(UserError, match="no encoding is known for a vocabulary of 297"):
+        encoding_of(model)
+
+
+@pytest.mark.parametrize("at, value, message", [
+    (("normalizer",), {"type": "Lowercase"}, "the normalizer Lowercase"),
+    (("pre_tokenizer",), {"type": "Metaspace"}, "the pre-tokeniser Metaspace"),
+    (("pre_tokenizer", "pretokenizers", 1, "add_prefix_space"), True, "the pre-tokeniser Digits \\+ ByteLevel"),
+    (("model", "type"), "Unigram", "a Unigram model"),
+    (("model", "byte_fallback"), True, "byte_fallback=True"),
+    (("model", "merges", 0), "a b", "numbers do not follow its merges"),
+    (("added_tokens",), [], "a vocabulary without <|endoftext|>"),
+])
+def test_a_tokenizer_that_is_not_implemented_is_named(tmp_path, at, value, message):
+    tokenizer = trained_tokenizer()
+    part = tokenizer
+    for key in at[:-1]:
+        part = part[key]
+    part[at[-1]] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=message.replace("|", r"\|")):
+        tokenizer_encoding(tmp_path / "tokenizer.json")

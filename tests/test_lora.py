@@ -1,0 +1,64 @@
+"""extras/lora.py: what is trained, and that merging gives the same model."""
+import pytest
+import torch
+
+from extras.lora import add_adapters, merged
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+
+CONFIG = GPTConfig(block_size=12, vocab_size=31, n_layer=2, n_head=3, n_embd=24, gated=True)
+
+
+def trained(everything, dtype=torch.float32, steps=3):
+    model = add_adapters(GPT(CONFIG), 4, everything, dtype)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    idx = torch.randint(31, (4, 13))
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        (out.loss + out.expected_edges.mean()).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_only_the_adapters_change_and_merging_keeps_the_function(tmp_path, everything):
+    torch.manual_seed(0)
+    before = GPT(CONFIG).state_dict()
+    torch.manual_seed(0)
+    model, optimizer = trained(everything)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names and all(name.endswith((".0.a", ".0.b")) for name in names)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(optimizer.state) == len(names)
+    per_layer = {False: 4 * (24 + 48), True: 4 * (24 + 72 + 24 + 24 + 24 + 96 + 96 + 24)}[everything]    # r (in + out)
+    assert sum(p.numel() for name, p in model.named_parameters() if name in names) == 2 * per_layer
+    after = merged(model.state_dict())
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = ("c_attn.weight",) if not everything else ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    assert changed == {name for name in before if name.endswith(kinds)}
+    if not everything:    # v's rows stay
+        assert torch.equal(before["h.0.attn.c_attn.weight"][48:], after["h.0.attn.c_attn.weight"][48:])
+
+    idx = torch.randint(31, (2, 12))
+    expected = model.eval()(idx).logits
+    save_checkpoint(model, tmp_path / "adapted.pt")
+    plain = load_checkpoint(tmp_path / "adapted.pt")
+    torch.testing.assert_close(plain(idx).logits, expected, atol=1e-5, rtol=1e-5)
+    save_checkpoint(plain, tmp_path / "plain.pt")    # an ordinary checkpoint
+    assert torch.load(tmp_path / "plain.pt", weights_only=True)["model"].keys() == before.keys()
+
+
+def test_it_starts_as_the_model_that_it_adapts():
+    model, idx = GPT(CONFIG).eval(), torch.randint(31, (2, 12))
+    expected = model(idx).logits
+    assert torch.equal(add_adapters(model, 4, everything=True)(idx).logits, expected)
+
+
+def test_frozen_weights_in_bfloat16_take_half_the_memory():
+    model, _ = trained(False, torch.bfloat16)
+    for name, p in model.named_parameters():
+        adapter = name.endswith((".0.a", ".0.b"))
+        assert p.requires_grad == adapter
+        frozen_matrix = not adapter and p.ndim == 2 and not name.startswith(("wte", "wpe"))
+        assert p.dtype == (torch.bfloat16 if frozen_matrix else torch.float32) or "bias" in name
