@@ -67,7 +67,7 @@ def measure(model, pairs, seed):
         curve = cumulative(by_edge).mean(0)[:1 + len(edge_names(config))]
         found[f"share of scores, {kind}"], found[f"edges, {kind}"] = curve, edges_needed(curve)
         kept = found[f"kept circuit, {kind}"] = {}
-        points = {round(n) for n in np.geomspace(1, len(curve) - 1, 12)} | {edges_needed(curve) or 1}
+        points = {round(n) for n in np.geomspace(1, len(curve) - 1, 24)} | {edges_needed(curve) or 1}
         for n in tqdm(sorted(points), desc="circuits", leave=False):
             m = batched(lambda model, *batch: kept_circuit(model, batch[-1], *batch[:-1]), model, pairs,
                         top_edges(by_edge, n, config))

@@ -37,6 +37,21 @@ def encoding_of(model):
     return encodings[model.config.vocab_size]()
 
 
+class SkipsUnknownBytes(tiktoken.Encoding):
+    """Some vocabularies lack bytes that are rare in text. Like Hugging Face, leave them out; tiktoken needs all 256,
+    so that the lacking ones get numbers above the vocabulary for a moment."""
+
+    def __init__(self, name, mergeable_ranks, special_tokens, **kwargs):
+        size = max(*mergeable_ranks.values(), *special_tokens.values()) + 1
+        lacking = [bytes([b]) for b in range(256) if bytes([b]) not in mergeable_ranks]
+        numbers = {byte: size + n for n, byte in enumerate(lacking)}
+        super().__init__(name, mergeable_ranks=mergeable_ranks | numbers, special_tokens=special_tokens, **kwargs)
+        self.max_token_value = size - 1    # n_vocab is one more
+
+    def encode_ordinary(self, text):
+        return [token for token in super().encode_ordinary(text) if token < self.n_vocab]
+
+
 def bytes_of_characters():
     """Byte-level BPE writes bytes as characters: Latin-1's printable ones as themselves, the others from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -94,6 +109,6 @@ def tokenizer_encoding(path):
     name = f"{Path(path).parent.name}-{zlib.crc32(Path(path).read_bytes()):08x}"
     for end in ("<|endoftext|>", "<|end_of_text|>", "</s>"):
         if end in added:
-            return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+            return SkipsUnknownBytes(name, pat_str=pattern, mergeable_ranks=ranks,
                                      special_tokens={**added, "<|endoftext|>": added[end]})
     refuse("a vocabulary without <|endoftext|>")

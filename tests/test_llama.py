@@ -223,6 +223,19 @@ def test_a_tokenizer_is_its_merges(tmp_path, listed):
     assert encoding.eot_token == 296 and encoding.n_vocab == 297
 
 
+def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path):
+    """SmolLM2's lacks 21 of them. Hugging Face's tokenizer skips them too."""
+    tokenizer = trained_tokenizer()
+    character = {b: c for c, b in bytes_of_characters().items()}
+    for byte in (4, 241):
+        del tokenizer["model"]["vocab"][character[byte]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    encoding = tokenizer_encoding(tmp_path / "tokenizer.json")
+    assert encoding.encode_ordinary("The\x04 cat") == by_hand(trained_tokenizer(), ["The", " cat"])
+    assert encoding.encode_ordinary_batch(["a\x04b", "c"]) == [by_hand(trained_tokenizer(), [t]) for t in ("ab", "c")]
+    assert encoding.n_vocab == 297
+
+
 def test_a_model_brings_its_tokenizer(tmp_path):
     config = CONFIG | {"vocab_size": 297}
     folder = write(tmp_path / "hf", config, weights(config))
