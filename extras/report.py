@@ -10,8 +10,8 @@ from extras.figures import draw_attention, draw_curve, draw_heads
 from extras.files import UserError, read_json, read_weights, write_json
 from model import GPT, allowed_edges
 
-PROMPTS = {"gpt2": "When Mary and John went to the store, John gave a drink to",
-           "bytes": "Return a list of the values"}
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
 
 
 def best_row(rows, tau):
@@ -66,7 +66,7 @@ def report(out, control=None):
 def attention_rows(models, by_head, encoding, columns=4):
     """Figure 2b, for draw_attention: one prompt in the heads with the most active edges, a row for each model."""
     first = next(iter(models.values()))
-    tokens = encoding.encode_ordinary(PROMPTS[encoding.name])[:first.config.block_size]
+    tokens = encoding.encode_ordinary(SHORT_PROMPT if encoding.name == "bytes" else PROMPT)[:first.config.block_size]
     labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
     rows = []
     for name, model in models.items():

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+import patching as P
+import train
 from extras.encodings import bytes_of_characters, encoding_of, tokenizer_encoding
 from extras.files import UserError
 from extras.llama import Llama
@@ -123,7 +125,8 @@ def test_logits_are_those_of_a_numpy_llama(tmp_path, change, sharded):
 
 
 def test_gates_are_counted_and_maps_are_weights(tmp_path):
-    model = GPT.from_pretrained(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.0, block_size=12)
+    folder = write(tmp_path / "hf", CONFIG, weights(CONFIG))
+    model = GPT.from_pretrained(folder, gated=True, gate_bias=0.0, block_size=12)
     idx = torch.tensor([TOKENS, TOKENS[::-1]])
     maps, out = model.attention_maps(idx), model(idx)
     shares = (maps > 0).sum((-2, -1)).double().mean(1) / 78
@@ -206,8 +209,8 @@ def by_hand(tokenizer, pieces):
     return tokens
 
 
-PIECES = ["The", " cat", "'s", " hat", " ", "1", "9", "8", "4", ",", " ", "1", "2", "  ", "1", " cats", "!", " ", " Über",
-          "\n", "\n", " sat", " "]
+PIECES = ["The", " cat", "'s", " hat", " ", "1", "9", "8", "4", ",", " ", "1", "2", "  ", "1", " cats", "!", " ",
+          " Über", "\n", "\n", " sat", " "]
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -267,3 +270,55 @@ def test_a_tokenizer_that_is_not_implemented_is_named(tmp_path, at, value, messa
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match=message.replace("|", r"\|")):
         tokenizer_encoding(tmp_path / "tokenizer.json")
+
+
+# ---- train.py and patching.py on it
+
+def test_patching_works_on_it(tmp_path):
+    """Two tokens of nearly the same embedding: the first-order scores are then the exact ones."""
+    model = GPT.from_pretrained(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.5).double()
+    with torch.no_grad():
+        model.wte.weight[2] = model.wte.weight[1] + 1e-6 * torch.randn(24, dtype=torch.float64)
+    corrupt = torch.randint(3, 31, (2, 7))
+    corrupt[:, 2], clean = 1, corrupt.clone()
+    clean[:, 2] = 2
+
+    def metric(logits):
+        return logits[:, -1, 5]
+
+    scores, names = P.edge_scores(model, clean, corrupt, metric), P.nodes(model.config)
+    largest = P.top_edges(scores.abs().mean(0), 10, model.config).nonzero().tolist()
+    for s, d in largest:
+        exact = P.exact_edge_score(model, clean, corrupt, metric, names[s], names[d + 1])
+        torch.testing.assert_close(scores[:, s, d], exact, rtol=1e-3, atol=1e-12)
+    every = P.edge_mask(model.config)
+    with torch.no_grad():
+        m_clean, m_corrupt = (metric(model(tokens).logits) for tokens in (clean, corrupt))
+    kept = [P.kept_circuit(model, edges, clean, corrupt, metric) for edges in (every, ~every)]
+    torch.testing.assert_close(torch.stack(kept), torch.stack((m_clean, m_corrupt)), rtol=0, atol=1e-12)
+    assert (m_clean - m_corrupt).abs().min() > 1e-9
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "2"]])
+def test_training_works_on_it(tmp_path, monkeypatch, more):
+    config = CONFIG | {"vocab_size": 297}
+    folder = write(tmp_path / "hf", config, weights(config))
+    (folder / "tokenizer.json").write_text(json.dumps(trained_tokenizer()))
+    (tmp_path / "text.txt").write_text("\n\n\n".join(f"{n} {TEXT}" for n in range(100)))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+        train.main()
+
+    out = tmp_path / "run"
+    run("--init", folder, "--data", tmp_path / "text.txt", "--out", out, "--steps", 4, "--eval-every", 2, "--tau", 9,
+        "--batch-size", 4, "--block-size", 16, "--lr", 0.01, "--device", "cpu", *more)
+    before, after = GPT.from_pretrained(folder), GPT.from_pretrained(out / "last.pt")
+    changed = {name.split(".", 2)[2] for (name, a), b in zip(before.state_dict().items(), after.state_dict().values())
+               if name.startswith("h.0") and not torch.equal(a, b)}
+    assert changed >= {"attn.q_proj.weight", "attn.k_proj.weight"} and ("mlp.up_proj.weight" in changed) != bool(more)
+    assert after.config.gated and encoding_of(after).n_vocab == 297 and (out / "attention.png").exists()
+    log = (out / "log.csv").read_text()
+    run("--resume", out)                      # the run is over: nothing changes
+    assert (out / "log.csv").read_text() == log
