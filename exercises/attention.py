@@ -1,0 +1,17 @@
+"""3. The sparse attention layer (30 minutes)
+
+    s_ij = q_i . k_j / sqrt(D)
+    A_ij ~ Bernoulli(sigmoid(s_ij + b))         (use your exercise 1, or gates.sample_gates)
+    y_i  = sum_j A_ij softmax_j(s_i) v_j
+
+The softmax runs over all allowed keys, open or not, and is not renormalised. With every gate open the layer is
+ordinary softmax attention, so that a pretrained model starts as itself. With causal, query i may read keys j <= i only;
+whatever stands at later keys must not change y_i.
+
+Question: why is a closed edge different from an edge with a tiny weight? Which of them can you cut out of the graph?
+"""
+
+
+def sparse_attention(q, k, v, gate_bias, causal=True, sample=False):
+    """q, k, v (B,H,T,D) -> y (B,H,T,D), expected share (B,H), active share (B,H): the open gates of this very pass."""
+    raise NotImplementedError

@@ -1,0 +1,24 @@
+"""7. An edge's score from gradients, the true effect, and the hard gate at which they part (60 minutes)
+
+Patching every edge for real costs a run each. Attribution patching takes the first-order estimate instead: for a head,
+    s(head) = sum over positions of (z(clean) - z(corrupt)) . dm/dz, the gradient taken on the corrupted run,
+which costs two runs and one backward pass for all heads together. Part one: write it.
+
+Part two: where it fails. A head whose output opens a gate elsewhere has an effect, but a hard gate has no gradient.
+Find the edges that attribution misses: `patching.edge_scores` gives the estimates, `patching.exact_edge_score` the
+truth, `patching.edge_names` the edges, `patching.nodes` the order of both axes of the scores. In which of the two
+directions does the estimate fail, and would more sentences help?"""
+
+
+def head_attribution(model, clean, corrupt, metric):
+    """(N,L,H): s(head) of a dense GPT in eval mode. clean, corrupt (N,T) tokens; metric: logits (N,T,V) -> (N).
+
+    z is what `model.h[l].attn.c_proj` reads, (N,T,H*D), heads side by side: a forward pre-hook sees it.
+    """
+    raise NotImplementedError
+
+
+def missed_edges(model, clean, corrupt, metric, small):
+    """The set of edges (source, destination), by name, that attribution calls nothing (mean |score| below small) though
+    patching them for real changes the metric by a mean of more than 10 small in size."""
+    raise NotImplementedError

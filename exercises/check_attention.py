@@ -1,0 +1,46 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+def qkv(dtype=torch.float64):
+    return torch.randn(3, 2, 3, 6, 4, dtype=dtype).unbind()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_with_every_gate_open_it_is_softmax_attention(answer, causal):
+    q, k, v = qkv()
+    y, expected, active = answer.sparse_attention(q, k, v, 100.0, causal, sample=True)
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    assert (active == 1).all() and expected.min() > 0.999
+
+
+def test_with_every_gate_shut_it_is_nothing(answer):
+    y, expected, active = answer.sparse_attention(*qkv(), -100.0)
+    assert (y == 0).all() and (active == 0).all() and expected.max() < 1e-6
+
+
+def test_a_weight_is_the_softmax_or_an_exact_zero(answer):
+    q, k, _ = qkv()
+    v = torch.eye(6, dtype=torch.float64).expand(2, 3, 6, 6)    # one-hot values: y is the weights
+    weights, _, active = answer.sparse_attention(q, k, v, 0.2)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    is_open = (q @ k.mT / 2 + 0.2 > 0) & torch.ones(6, 6, dtype=torch.bool).tril()
+    torch.testing.assert_close(weights, dense * is_open)         # not renormalised
+    torch.testing.assert_close(active.double(), is_open.sum((-2, -1)).double() / 21)
+    assert 0 < active.mean() < 1
+
+
+def test_the_future_is_never_read(answer):
+    q, k, v = qkv()
+    y = answer.sparse_attention(q, k, v, 5.0)[0]
+    for i in range(5):
+        later_k, later_v = k.clone(), v.clone()
+        later_k[:, :, i + 1:], later_v[:, :, i + 1:] = 9.0, -9.0
+        assert torch.equal(answer.sparse_attention(q, later_k, later_v, 5.0)[0][:, :, :i + 1], y[:, :, :i + 1])
+
+
+def test_draws_differ_and_their_mean_is_expected(answer):
+    q, k, v = (t[:1, :1].expand(4000, -1, -1, -1) for t in qkv())
+    _, expected, active = answer.sparse_attention(q, k, v, 0.0, sample=True)
+    assert active.std() > 0 and abs(active.mean() - expected.mean()) < 0.01

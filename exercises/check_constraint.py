@@ -1,0 +1,55 @@
+import math
+
+import pytest
+import torch
+
+
+def test_the_closed_form(answer):
+    """With decay 0, log lam is log lam_0 plus rate times the sum of all C."""
+    geco = answer.Geco(2.0, lam=0.5, rate=0.1, decay=0.0)
+    losses = [2.5, 2.2, 1.7, 2.1, 1.1]
+    for ce in losses:
+        geco.update(ce)
+    assert geco.lam == pytest.approx(0.5 * math.exp(0.1 * sum(ce - 2 for ce in losses)))
+
+
+def test_the_average_starts_at_the_first_value(answer):
+    geco = answer.Geco(2.0, rate=1.0, decay=0.9)
+    geco.update(3.0)
+    assert geco.lam == pytest.approx(math.exp(1.0))
+    geco.update(2.0)
+    assert geco.lam == pytest.approx(math.exp(1.0 + 0.9))
+
+
+def test_it_rises_above_tau_and_falls_below(answer):
+    for ce, sign in ((2.1, 1), (1.9, -1)):
+        geco = answer.Geco(2.0)
+        geco.update(ce)
+        assert (geco.lam - 1) * sign > 0
+
+
+@pytest.mark.parametrize("ce, end", [(1e3, 1e3), (0.0, 1e-3)])
+def test_it_stays_in_its_range_and_comes_back(answer, ce, end):
+    geco = answer.Geco(2.0, rate=1.0, decay=0.0)
+    for _ in range(10_000):
+        geco.update(ce)
+    assert geco.lam == pytest.approx(end)
+    geco.update(2 - math.copysign(1, ce - 2))    # one step the other way moves it at once
+    assert abs(math.log(geco.lam / end)) == pytest.approx(1)
+
+
+def test_the_value_is_averaged_and_the_gradient_is_not(answer):
+    geco = answer.Geco(2.0, lam=3.0, rate=1e-9, decay=0.5)
+    geco.update(2.4)
+    edges, ce = torch.tensor(0.25, requires_grad=True), torch.tensor(9.0, requires_grad=True)
+    loss = geco.objective(edges, ce)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25 + 3 * 0.4)
+    assert edges.grad.item() == pytest.approx(1) and ce.grad.item() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("ce", [math.nan, math.inf])
+def test_a_broken_loss_is_not_swallowed(answer, ce):
+    geco = answer.Geco(2.0)
+    with pytest.raises(FloatingPointError):
+        geco.update(ce)

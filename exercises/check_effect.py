@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+
+def test_two_sentences_with_an_edge_each(answer):
+    per_sentence, overall = answer.curves(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert per_sentence.tolist() == [0, 1, 1] and overall.tolist() == [0, 0.5, 1]
+
+
+def test_signs_cancel_only_in_the_global_mean(answer):
+    per_sentence, overall = answer.curves(torch.tensor([[3.0, 1.0], [-3.0, 1.0]]))
+    assert per_sentence.tolist() == [0, 0.75, 1] and overall.tolist() == [0, 1, 1]
+
+
+def test_against_sorting(answer):
+    scores = torch.randn(5, 20, dtype=torch.float64)
+    per_sentence, overall = answer.curves(scores)
+
+    def curve(row):
+        row = sorted((abs(x) for x in row.tolist()), reverse=True)
+        return torch.tensor([sum(row[:n]) / sum(row) for n in range(21)], dtype=torch.float64)
+
+    torch.testing.assert_close(per_sentence, sum(map(curve, scores)) / 5)
+    torch.testing.assert_close(overall, curve(scores.mean(0)))
+
+
+@pytest.mark.parametrize("share, n", [(0.5, 1), (0.9, 3), (1.0, 4), (0.0, 0)])
+def test_how_many_are_needed(answer, share, n):
+    assert answer.needed(torch.tensor([0, 0.5, 0.8, 0.9001, 1.0]), share) == n
+
+
+def test_never_is_none(answer):
+    assert answer.needed(torch.tensor([0, 0.5]), 0.9) is None

@@ -1,0 +1,44 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig
+
+
+@pytest.fixture
+def model():
+    return GPT(GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=3, n_embd=12)).double().eval()
+
+
+def by_hand(model, tokens, patches):
+    """The forward pass written out. patches: {(layer, head): z (N,T,D)}. Returns logits and every head's z."""
+    x, found = model.embed(tokens), {}
+    for l, block in enumerate(model.h):
+        z = F.scaled_dot_product_attention(*block.attn.heads(block.ln_1(x)), is_causal=True)    # (N,H,T,D)
+        for h in range(z.shape[1]):
+            found[l, h] = z[:, h]
+        z = torch.stack([patches.get((l, h), z[:, h]) for h in range(z.shape[1])], 2)          # (N,T,H,D)
+        x = x + block.attn.c_proj(z.flatten(2))
+        x = x + block.mlp(block.ln_2(x))
+    return model.unembed(x), found
+
+
+@pytest.mark.parametrize("layer, head", [(0, 0), (0, 2), (1, 1)])
+def test_against_a_pass_written_out(answer, model, layer, head):
+    clean, corrupt = torch.randint(11, (2, 4, 6))
+    z = by_hand(model, clean, {})[1][layer, head]
+    patched = answer.patch_head(model, clean, corrupt, layer, head)
+    torch.testing.assert_close(patched, by_hand(model, corrupt, {(layer, head): z})[0])
+    assert (patched - model(corrupt).logits).abs().max() > 1e-6
+
+
+def test_equal_sentences_change_nothing(answer, model):
+    tokens = torch.randint(11, (4, 6))
+    torch.testing.assert_close(answer.patch_head(model, tokens, tokens, 1, 0), model(tokens).logits)
+
+
+def test_the_model_is_left_as_it_was(answer, model):
+    clean, corrupt = torch.randint(11, (2, 4, 6))
+    before = model(corrupt).logits
+    answer.patch_head(model, clean, corrupt, 0, 1)
+    assert torch.equal(model(corrupt).logits, before)

@@ -1,0 +1,29 @@
+"""4. GECO's update, and why lambda lives in log space (20 minutes)
+
+Fewest edges under the constraint CE <= tau. With C = CE - tau (above 0: violated), after every step
+    Cbar <- decay Cbar + (1 - decay) C          started at the first C
+    lam  <- lam exp(rate Cbar)
+and the loss to backpropagate is edges + lam (CE - tau), with the value of Cbar but the gradient of the CE.
+
+Before you write: multiply lam by exp(rate Cbar) 10,000 times with Cbar = 5 and rate = 1. What does a float do? Now
+add rate Cbar to log lam as often, and clamp there. Which sign must Cbar have for lam to fall, and what do the edges
+do then?"""
+
+
+class Geco:
+    """The multiplier lam of one constraint CE <= tau, kept inside lam_range."""
+
+    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3)):
+        raise NotImplementedError
+
+    @property
+    def lam(self):
+        raise NotImplementedError
+
+    def objective(self, edges, ce):
+        """The scalar to backpropagate: the value is edges + lam Cbar (C itself before the first update)."""
+        raise NotImplementedError
+
+    def update(self, ce):
+        """One step of the two lines above. ce: a plain number; nan or inf raise FloatingPointError."""
+        raise NotImplementedError

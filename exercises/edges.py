@@ -1,0 +1,13 @@
+"""2. The expected number of open edges, by hand and by code (10 minutes)
+
+Training does not penalise the gates that happen to be open but their expected number: the sum of sigmoid(s + b) over
+all edges that the causal mask allows. As a share of those edges it means the same in every model.
+
+First by hand: three positions, one head, q = k = 0, bias b = 0. How many edges are allowed? What is the expected share?
+Then b = log 3? Then put s = 5 on the edge from the first query to the second key: what changes?
+"""
+
+
+def expected_edges(q, k, gate_bias):
+    """The expected share of open edges (B,H) of causal attention: q, k (B,H,T,D), scores q . k / sqrt(D)."""
+    raise NotImplementedError

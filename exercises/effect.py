@@ -1,0 +1,19 @@
+"""6. From scores to "how many edges": per sentence and global are two questions (20 minutes)
+
+Given the score of every edge on every sentence, let C(n) be the sum of the n largest |scores| over the sum of all.
+    per sentence   rank the edges of each sentence by themselves, then average the curves
+    global         average the scores over sentences first, then rank once
+
+Think of two sentences that use one edge each, but not the same one. What is C(1) in either way? Which of the two
+numbers would you call "the size of the circuit", and why does the paper show both? What does a sign do in the global
+mean?"""
+
+
+def curves(scores):
+    """scores (N,S) of S edges on N sentences, not all 0 in any -> (per sentence, global), each (S+1) with C(0) = 0."""
+    raise NotImplementedError
+
+
+def needed(curve, share):
+    """The first n with curve[n] >= share, or None."""
+    raise NotImplementedError
