@@ -7,7 +7,8 @@ which costs two runs and one backward pass for all heads together. Part one: wri
 Part two: where it fails. A head whose output opens a gate elsewhere has an effect, but a hard gate has no gradient.
 Find the edges that attribution misses: `patching.edge_scores` gives the estimates, `patching.exact_edge_score` the
 truth, `patching.edge_names` the edges, `patching.nodes` the order of both axes of the scores. In which of the two
-directions does the estimate fail, and would more sentences help?"""
+directions does the estimate fail, and would more sentences help?
+"""
 
 
 def head_attribution(model, clean, corrupt, metric):

@@ -10,7 +10,8 @@ position but one. For every (layer, head, key), compare how often the edge from 
 a carry and without. Pick the edge on one set of sums, and report it on another: why?
 
 Then train one (`python toy_addition.py`, 4 minutes), load runs/addition/sparse.pt with `model.load_checkpoint`, and
-look whether the edge that you find is the one in the picture."""
+look whether the edge that you find is the one in the picture.
+"""
 
 
 def find_carry_edge(model, idx, train_rows, held_out):

@@ -7,7 +7,8 @@ and the loss to backpropagate is edges + lam (CE - tau), with the value of Cbar 
 
 Before you write: multiply lam by exp(rate Cbar) 10,000 times with Cbar = 5 and rate = 1. What does a float do? Now
 add rate Cbar to log lam as often, and clamp there. Which sign must Cbar have for lam to fall, and what do the edges
-do then?"""
+do then?
+"""
 
 
 class Geco:

@@ -6,7 +6,8 @@ Given the score of every edge on every sentence, let C(n) be the sum of the n la
 
 Think of two sentences that use one edge each, but not the same one. What is C(1) in either way? Which of the two
 numbers would you call "the size of the circuit", and why does the paper show both? What does a sign do in the global
-mean?"""
+mean?
+"""
 
 
 def curves(scores):
