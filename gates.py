@@ -90,11 +90,11 @@ def edge_noise(key_words, row_words, product, u):
     """A uniform draw u (G,K,R) from (0, 1) for every edge, written to u: the words' product mod 2^32, scaled.
 
     key_words (G,K,1), row_words (G,1,R), product (G,K,R): int32. So 2 T words make T^2 draws, and the same ones in
-    both passes, in a third of the time of torch.rand on a CPU. Along a row or a column they are independent; over
-    a 2 x 2 of edges their lowest bits are tied by one equation, which no statistic of gates in the tests can see.
+    both passes, in a third of the time of torch.rand on a CPU. Along a row or a column they are independent; of a
+    2 x 2 of edges three draws determine the fourth, in a way that no statistic of gates in the tests can see.
     """
     torch.mul(key_words, row_words, out=product)    # int32: modulo 2^32
-    return torch.add(u.new_tensor(0.5), u.copy_(product), alpha=-(1 - 2 * U_MIN) * 2**-32, out=u)
+    return u.copy_(product).mul_(-(1 - 2 * U_MIN) * 2**-32).add_(0.5)
 
 
 def blocks(q, causal):
@@ -123,21 +123,29 @@ def attend_block(q, k, gate_bias, hidden, words, block):
     if hidden is not None:    # every row may read all keys before the block's first row
         scores[:, rows].masked_fill_(hidden[:scores.shape[2], :scores.shape[2]], -math.inf)
     torch.softmax(scores, 1, out=p)
-    scores.add_(min(gate_bias, 1e30)).sigmoid_()                                     # finite: -inf stays -inf
+    scores.add_(min(gate_bias, 1e30))                                                # finite: -inf stays -inf
     if words is None:
-        u.fill_(0.5)
+        torch.gt(scores, 0, out=gates)                                               # (2) without noise
+        u.fill_(0.5)                                                                 # logit(1 - u) = 0
+        scores.sigmoid_()
     else:
         edge_noise(words[0, heads, keys, None], words[1, heads, None, rows], product, u)
-    torch.lt(u, p_open, out=gates)                                                   # (2)
+        torch.lt(u, scores.sigmoid_(), out=gates)                                    # (2)
     return p, p_open, u, gates, free
+
+
+def widened(q, k, v):
+    """(N,T,D) each, in float32 or wider, q divided by sqrt(D)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (t.to(dtype).flatten(0, 1) for t in (q, k, v))
+    return q / math.sqrt(q.shape[-1]), k, v
 
 
 class SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gate_bias, causal, sample):
-        (B, H, T, D), y_dtype, dtype = q.shape, v.dtype, torch.promote_types(q.dtype, torch.float32)
-        q, k, v = (t.to(dtype).flatten(0, 1) for t in (q, k, v))                     # (N,T,D)
-        q = q / math.sqrt(D)
+        (B, H, T, _), given = q.shape, (q, k, v)
+        q, k, v = widened(q, k, v)
         words = draw_words(B * H, T, q.device) if sample else None
         hidden = q.new_ones((min(ROWS, T),) * 2, dtype=torch.bool).tril(-1) if causal else None
         y, expected, active = torch.empty_like(v), q.new_zeros(B * H), q.new_zeros(B * H)
@@ -148,18 +156,20 @@ class SparseAttention(torch.autograd.Function):
                 expected[heads] += p_open.sum((1, 2))                                # (G)
                 active[heads] += gates.sum((1, 2))                                   # (G)
                 y[heads, rows] = torch.bmm(p.mul_(gates).mT, v[heads, keys])         # (G,R,D)  (3)
-        ctx.save_for_backward(q, k, v, y, hidden, words)
+        y = y.unflatten(0, (B, H)).to(given[2].dtype)
+        ctx.save_for_backward(*given, y, hidden, words)    # nothing that is not there anyway
         ctx.gate_bias, ctx.causal, ctx.edges = gate_bias, causal, T * (T + 1) // 2 if causal else T * T
         expected, active = ((t / ctx.edges).view(B, H) for t in (expected, active))
         ctx.mark_non_differentiable(active)
-        return y.unflatten(0, (B, H)).to(y_dtype), expected, active
+        return y, expected, active
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dexpected, _):
         """A score acts in three ways: on the softmax, on its gate (straight-through), and on the expected edges."""
-        q, k, v, y, hidden, words = ctx.saved_tensors
-        dy = dy.to(q.dtype).flatten(0, 1)                                            # (N,T,D)
+        *given, y, hidden, words = ctx.saved_tensors
+        q, k, v = widened(*given)
+        y, dy = (t.to(q.dtype).flatten(0, 1) for t in (y, dy))                       # (N,T,D)
         dp_open = dexpected.reshape(-1, 1, 1) / ctx.edges                            # (N,1,1)
         mean = (dy * y).sum(-1)[:, None]       # (N,1,T) sum_j p A dweights, which softmax's gradient subtracts
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -181,4 +191,4 @@ class SparseAttention(torch.autograd.Function):
                 dq[heads, rows] = torch.bmm(ds.mT, k[heads, keys])
                 dk[heads, keys].baddbmm_(ds, q[heads, rows])
         dq /= math.sqrt(q.shape[-1])
-        return *(t.unflatten(0, dexpected.shape) for t in (dq, dk, dv)), None, None, None
+        return *(t.unflatten(0, dexpected.shape).to(g.dtype) for t, g in zip((dq, dk, dv), given)), None, None, None

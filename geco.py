@@ -28,7 +28,7 @@ class Geco:
                the integral (5), which damps its swing (PID Lagrangian, Stooke et al. 2020, arXiv 2007.03964).
     """
 
-    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3), gain=0.0):
+    def __init__(self, tau, lam=1.0, rate=0.002, decay=0.99, lam_range=(1e-3, 10.0), gain=0.0):
         low, high = lam_range
         if not 0 < tau < math.inf:
             raise ValueError(f"tau must be above 0 nats and finite, got {tau}")

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from extras.files import GPT2_SHA256, UserError, fetch_gpt2, from_gpt2_layout, infer_config, read_weights, replacing
-from extras.lora import merged
 from gates import sparse_attention
 
 
@@ -100,21 +99,25 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), expected, active
 
 
-def cross_entropy(logits, targets, cells=2**24):
-    """Mean nats per counted target, in float32. logits (B,T,V), targets (B,T), -1 where a position does not count.
+def sum_over_parts(function, logits, others, cells=2**24):
+    """function(logits (B T,V), others (B T,...)), which sums over its rows, for `cells` logits at a time.
 
-    With a large vocabulary the logits are the largest tensor there is. No float32 copy of it is made: `cells`
-    logits at a time, and once more in the backward pass.
+    With a large vocabulary the logits are the largest tensor there is. No float32 copy of it is ever whole: the
+    parts are computed one after the other, and once more in the backward pass.
     """
+    logits, others = logits.flatten(0, 1), others.flatten(0, 1)
+    rows = max(1, cells // logits.shape[1])
+    if rows >= len(logits):
+        return function(logits, others)
+    return sum(checkpoint(function, *part, use_reentrant=False) for part in zip(logits.split(rows), others.split(rows)))
+
+
+def cross_entropy(logits, targets, cells=2**24):
+    """Mean nats per counted target, in float32. logits (B,T,V), targets (B,T), -1 where a position does not count."""
     def nats(rows, wanted):
         return F.cross_entropy(rows.float(), wanted, ignore_index=-1, reduction="sum")
 
-    logits, targets = logits.flatten(0, 1), targets.flatten()                        # (B T,V), (B T)
-    rows = max(1, cells // logits.shape[1])
-    if rows >= len(logits):
-        return nats(logits, targets) / (targets != -1).sum()
-    parts = zip(logits.split(rows), targets.split(rows))
-    return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts) / (targets != -1).sum()
+    return sum_over_parts(nats, logits, targets, cells) / (targets != -1).sum()
 
 
 class GPT(nn.Module):
@@ -145,8 +148,13 @@ class GPT(nn.Module):
                 std = std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std
                 nn.init.normal_(p, std=std, generator=generator)
 
+    def check_length(self, idx):
+        if idx.shape[1] > self.config.block_size:
+            raise UserError(f"{idx.shape[1]} positions are more than the model's block_size={self.config.block_size}")
+
     def embed(self, idx):
         """idx (B,T) -> what the first block reads, (B,T,C)."""
+        self.check_length(idx)
         return self.wte(idx) + self.wpe.weight[:idx.shape[1]]
 
     def unembed(self, x):
@@ -155,9 +163,6 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B,T) tokens; targets (B,T) next tokens, -1 where a position does not count -> Output."""
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise UserError(f"{T} positions are more than the model's block_size={self.config.block_size}")
         x, expected, active = self.embed(idx), [], []                # (B,T,C)
         for block in self.h:
             x, e, a = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
@@ -229,7 +234,7 @@ class GPT(nn.Module):
             raise UserError(f"{path}: {cls.Config.__name__} has no field {', '.join(sorted(unknown))}\n"
                             f"it has {', '.join(known)}")
         config = cls.Config(**{**fields, **config_overrides})
-        tensors = {name: t.float() for name, t in merged(tensors).items()}
+        tensors = {name: t.float() for name, t in tensors.items()}
         if config.block_size < fields["block_size"] and "wpe.weight" in tensors:
             tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size].clone()
         with torch.device("meta"):                                   # shapes only: no second copy in memory

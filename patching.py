@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from extras.files import UserError
-from extras.tasks import addition, copy, docstring, greater_than, ioi, select
+from extras.tasks import addition, copy, docstring, greater_than, ioi, select    # for whoever imports this file
 
 SHARE = 0.9    # of the effect that a circuit must explain
 

@@ -30,7 +30,7 @@ ALPHABET = "0123456789+=?"
 SLOTS = {"reversed": 3, "paper": 5}
 EXAMPLES = {"no carry": (53, 21), "one carry": (36, 28), "two carries": (43, 59)}    # those of Figure 1
 MIN_ACCURACY = 0.999    # share of training sums that a sparse model must get right to be kept
-SCORE_DECAY = 3.0       # weight decay of q and k while gates are trained
+SCORE_DECAY = 3.0       # weight decay of c_attn, which makes q and k (and v), while gates are trained
 
 
 def encode(a, b, layout):
@@ -65,9 +65,9 @@ def toy_config(layout="reversed", **fields):
 @torch.no_grad()
 def evaluate(model, idx, targets):
     """With hard gates: CE in nats per digit, share of sums right in every digit, active edges per sum."""
-    model.eval()
-    out = model(idx, targets)
-    model.train()
+    was_training = model.training
+    out = model.eval()(idx, targets)
+    model.train(was_training)
     right = (out.logits.argmax(-1) == targets) | (targets == -1)                      # (N,T)
     return {"hard_ce": out.loss.item(), "accuracy": right.all(1).float().mean().item(),
             "active": out.active_edges.mean().item() * allowed_edges(model.config)}
@@ -86,6 +86,7 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
     the average of the weights over about 100 steps, where the noise of gates and batches cancels, and the model is
     left as the sparsest of them that met the constraint, or as the last if none did.
     """
+    model.train()
     order = torch.Generator().manual_seed(seed)    # which sums come when
     torch.manual_seed(seed)                        # the gates (see sample_gates)
     # A short memory of squared gradients, 0.95: a gate that drops a needed edge makes a spike, and at 0.999 the
@@ -108,7 +109,9 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
         out = model(idx[rows], targets[rows])
         loss, row = out.loss, {"step": step, "ce": out.loss.item()}
         if not math.isfinite(row["ce"]):
-            raise FloatingPointError(f"the cross-entropy is {row['ce']} at {'sparse' if geco else 'dense'} step {step}")
+            phase = "sparse" if geco else "dense"
+            raise FloatingPointError(f"the cross-entropy is {row['ce']} at {phase} step {step}\n"
+                                     "take a larger --tau, or another --seed")
         if geco:
             edges = out.expected_edges.mean()
             loss = geco.objective(edges, out.loss)
@@ -140,7 +143,8 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
 
 def toy_geco(tau):
     """Edges are a share here: at lam = 1, an edge is worth 1 / allowed_edges nats. The rate is per tau, lest a small
-    tau be slow; the gain damps: lam triples at once where the loss is tau too high. The range keeps both ways short.
+    tau be slow; the gain damps: where the loss stays tau too high, it triples lam within about 40 steps. The range
+    keeps both ways short.
     """
     return Geco(tau, rate=0.01 / tau, decay=0.95, lam_range=(0.01, 3.0), gain=1 / tau)
 
@@ -248,7 +252,7 @@ def main():
     args = parser.parse_args()
     try:
         run(args)
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         parser.error(str(error))
 
 

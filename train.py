@@ -2,13 +2,14 @@
 
     python train.py --tau 3.3                                       GPT-2 on OpenWebText: one GPU
     python train.py --init scratch --data stdlib                    a small GPT first, no network: a laptop CPU
-    python train.py --init scratch --data stdlib --resume RUN       go on with a run that was stopped
+    python train.py --resume RUN                                    go on with a run that was stopped
     python train.py --report RUN --control OTHER_RUN                table and pictures again, no training
     torchrun --standalone --nproc_per_node=4 train.py --tau 3.3     several GPUs
 
-RUN is the folder given by --out. It gets args.json (the options), log.csv (a line per evaluation), last.pt (all
-that --resume needs), best.pt (the sparsest evaluation whose validation loss met tau), summary.json and three
-pictures. Losses are cross-entropies in nats per token; edges are shares of the allowed ones.
+RUN is the folder given by --out. It gets args.json (the options), log.csv (a line per evaluation), last.pt (weights
+and the state of the training), best.pt (the sparsest evaluation whose validation loss met tau), summary.json and three
+pictures; with --init scratch also dense/, the same of the dense training. Losses are cross-entropies in nats per
+token; edges are shares of the allowed ones.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed is the run that was not.
@@ -23,6 +24,7 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,17 +33,19 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from extras.data import load
+from extras.data import is_name, load
 from extras.encodings import byte_encoding, encoding_of, gpt2_encoding
-from extras.files import UserError, between, make_folder, read_json, read_weights, replacing, write_json
+from extras.files import (GPT2_SHA256, UserError, between, make_folder, read_json, read_weights, replacing,
+                          write_json)
 from extras.lora import add_adapters
 from extras.place import Place
-from extras.report import best_row, report
+from extras.report import best_row, check_control, report
 from geco import Geco
-from model import GPT, GPTConfig, allowed_edges, save_checkpoint
+from model import GPT, GPTConfig, allowed_edges, save_checkpoint, sum_over_parts
 
 SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 8, "grad-accum": 1,
            "dense-steps": 4000, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320, "eval-every": 200}
+SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 
 
 # ---- Data
@@ -96,7 +100,7 @@ def write_csv(path, rows):
 
 
 def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
-    """Train up to step `steps`, going on from out/last.pt if there is one, and return the rows of out/log.csv.
+    """Train up to step `steps`, going on from out/last.pt if there is one.
 
     With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the frozen dense model to stay close
     to. Leaves out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
@@ -104,10 +108,12 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
     train_tokens, val_tokens = data
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    for leftover in Path(out).glob("*.tmp") if place.rank == 0 else ():    # of a killed run
+        leftover.unlink()
     last, step, rows, recent = os.path.join(out, "last.pt"), 0, [], []    # recent: CE since the last row
     of_step = {"c_bar": math.nan, "lam": geco.lam if geco else math.nan, "expected": math.nan}    # of the last step
     if os.path.exists(last):
-        weights, state = read_weights(last)
+        weights, state = read_weights(last, merge=False)
         model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         step, rows, recent, of_step = (state[name] for name in ("step", "rows", "recent", "of_step"))
@@ -148,7 +154,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
             group["lr"] = lr * min((step + 1) / args.warmup, 1.0 if args.schedule == "constant" else
                                    0.55 + 0.45 * math.cos(math.pi * step / steps))
         torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
-        sums = torch.zeros(3, dtype=torch.float64, device=place.device)
+        seen = []
         for micro in range(micros):
             first = ((step * micros + micro) * place.size + place.rank) * B
             idx, targets = (t.to(place.device) for t in batch(train_tokens, T, first, B, args.seed))
@@ -159,12 +165,13 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
                     if teacher:
                         loss = loss + args.distill * geco.lam * divergence(teacher, idx, found.logits)
                 (loss / micros).backward()
-            seen = found.loss, found.expected_edges.mean(), found.active_edges.mean()
-            sums += torch.stack(seen).detach() / micros
-        ce, expected, active, stop = place.mean(*sums.tolist(), len(interrupted))
-        if not math.isfinite(ce):
-            raise FloatingPointError(f"the cross-entropy is {ce} at step {step}: lower --lr")
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            seen.append(torch.stack((found.loss, found.expected_edges.mean(), found.active_edges.mean())).detach())
+        seen = torch.stack(seen).cpu().double().mean(0)
+        ce, expected, sampled, stop = place.mean(*seen.tolist(), len(interrupted))
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+        if not (math.isfinite(ce) and math.isfinite(norm)):
+            raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
+                                     "start anew, in another --out, with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         status = f"CE {ce:.3f}"
@@ -173,7 +180,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
             geco.update(ce)
             of_step = {"c_bar": geco.average, "lam": lam, "expected": expected}
             status += (f", Cbar {geco.average:+.3f}, lam {lam:.3g}, "
-                       f"expected {expected:.2%}, active {active:.2%}")
+                       f"expected {expected:.2%}, sampled {sampled:.2%}")
         step += 1
         recent.append(ce)
         speed = (step - first_step) * tokens_per_step / (time.time() - started)
@@ -183,24 +190,36 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
             if place.rank == 0:
                 save()
             bar.close()
-            sys.exit(f"stopped after step {step}: python train.py --resume {args.out} goes on")
+            start = "python" if place.size == 1 else f"torchrun --nproc_per_node={place.size}"
+            how = f"stopped after step {step}: {start} train.py --resume {args.out} goes on"
+            sys.exit(how if place.rank == 0 else 1)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return rows
 
 
 def divergence(teacher, idx, logits):
-    """KL(teacher || student) in nats per token."""
+    """KL(teacher || student) in nats per token, mean over the positions of idx (B,T); logits (B,T,V)."""
+    def nats(found, wanted):
+        found, wanted = (F.log_softmax(rows.float(), dim=-1) for rows in (found, wanted))
+        return F.kl_div(found, wanted, log_target=True, reduction="sum")
+
     with torch.no_grad():
-        wanted = F.log_softmax(teacher(idx).logits.float(), dim=-1)
-    found = F.log_softmax(logits.float(), dim=-1)                    # (B,T,V)
-    return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
+        wanted = teacher(idx).logits                                 # (B,T,V)
+    return sum_over_parts(nats, logits, wanted) / idx.numel()
 
 
 def run(args):
     """From the options to the report. What args.out holds already is used, not made again: so a run resumes."""
     place = Place(args.device, args.dtype)
     say = print if place.rank == 0 else lambda *_: None
+    if args.processes not in (None, place.size):
+        raise UserError(f"{args.out} was started by {args.processes} processes, these are {place.size}\n"
+                        f"resume it with torchrun --nproc_per_node={args.processes}")
+    args.processes = place.size
+    if args.control:
+        check_control(args, args.control)
+    if place.rank > 0:
+        place.wait()    # until rank 0 has downloaded the model and made the token files
     if args.init == "scratch":
         encoding = byte_encoding() if args.data == "stdlib" else gpt2_encoding()
     else:
@@ -210,8 +229,6 @@ def run(args):
             say(f"note: {args.init} has gates: the control drops them" if args.dense else
                 f"note: {args.init} has gates already, and training goes on from them")
         encoding = encoding_of(base)
-    if place.rank > 0:
-        place.wait()    # until rank 0 has made the token files
     data = load(args.data, encoding)
     if place.rank == 0:
         place.wait()
@@ -246,23 +263,29 @@ def run(args):
     if args.base_ce is None:
         ce, active = evaluate(base, data[1], place, args)
         args.base_ce, args.base_active = place.mean(ce, active.mean().item())
-        args.tau = args.base_ce + 0.05 if args.tau is None else args.tau
+        if not math.isfinite(args.base_ce):
+            raise UserError(f"the untouched model's validation CE is {args.base_ce}\nits weights are no good: "
+                            "take another --init" + ", or a lower --dense-lr" * (args.init == "scratch"))
+        if args.tau is None and not args.dense:
+            args.tau = args.base_ce + 0.05
         if place.rank == 0:
             write_json(os.path.join(args.out, "args.json"), vars(args))
     say(f"untouched model: validation CE {args.base_ce:.4f} nats per token; "
         + ("dense control" if args.dense else f"tau {args.tau:.4f}"))
     teacher = copy.deepcopy(base).eval() if args.distill else None
     model, geco = base, None
-    config.gated, config.gate_bias = not args.dense, args.gate_bias    # the gates have no parameters: the rest stays
+    config.gated = not args.dense    # the gates have no parameters: the rest stays
+    if args.gate_bias is not None:
+        config.gate_bias = args.gate_bias
     if args.lora_rank:
         add_adapters(model, args.lora_rank, args.lora_all, place.dtype, torch.Generator().manual_seed(args.seed))
     if not args.dense:
-        geco = Geco(args.tau, rate=args.rate, decay=args.decay, lam_range=(1e-3, 10.0))
+        geco = Geco(args.tau, rate=args.rate, decay=args.decay)
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
     if place.device.type == "cuda":
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if place.rank == 0:
-        report(args.out, args.control)
+        report(args.out)
     if place.size > 1:
         dist.destroy_process_group()
 
@@ -283,7 +306,7 @@ def main():
            "or scratch")
     option("--data", default="openwebtext", help="openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib, or a path: "
            "a .txt, a folder of them, or a .bin of tokens")
-    option("--out", default="runs/gpt2", help="folder of the run")
+    option("--out", help="folder of the run; default: runs/ and the name of --init, -dense for a control")
     option("--resume", metavar="RUN", help="go on with the run in this folder, with its own options")
     option("--report", metavar="RUN", help="only draw and print the report of this run")
     option("--control", metavar="RUN", help="a --dense run, for the report's table")
@@ -296,11 +319,12 @@ def main():
     option("--warmup", type=count, default=100, help="steps until the peak")
     option("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
     option("--weight-decay", type=between(float, 0.0, 10.0), default=0.01, help="of AdamW")
-    option("--gate-bias", type=between(float, 0.0, 100.0), default=2.0, help="b: how far open the gates start")
+    option("--gate-bias", type=between(float, 0.0, 100.0),
+           help="b: how far open the gates start; default: 2, or that of a checkpoint of ours")
     option("--rate", type=between(float, 1e-9, 100.0), default=0.05, help="kappa of GECO: how fast lam answers")
     option("--decay", type=between(float, 0.0, 0.9999), default=0.9, help="alpha of GECO: how long Cbar remembers")
     option("--distill", type=between(float, 0.0, 1000.0), default=0.0,
-           help="weight of KL(dense || sparse) beside the CE: both times lambda")
+           help="weight of KL(untouched || sparse) beside the CE: both times lambda")
     option("--lora-rank", type=between(int, 0, 10**4), default=0,
            help="train adapters of this rank on q and k, not the weights; 0: off")
     option("--lora-all", action="store_true", help="adapters on every linear layer")
@@ -323,25 +347,34 @@ def main():
     if args.init == "scratch":
         parser.set_defaults(**{key.replace("-", "_"): value for key, value in SCRATCH.items()})
     args = parser.parse_args()
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     try:
         if args.report:
             report(args.report, args.control)
             return
+        if args.resume and given != {"resume"}:
+            raise UserError("--resume goes on with the options of its run\nleave the others out")
+        if args.lora_all and not args.lora_rank or args.init != "scratch" and given & SCRATCH_ONLY:
+            raise UserError("--lora-all needs --lora-rank; " + ", ".join(
+                f"--{name.replace('_', '-')}" for name in sorted(SCRATCH_ONLY)) + " need --init scratch")
         if args.resume:
             args = argparse.Namespace(**read_json(os.path.join(args.resume, "args.json")) | {"out": args.resume})
         else:
             if args.dense and (args.tau or args.distill):
                 raise UserError("--dense is the control: it has no constraint\nleave --tau and --distill out")
+            base = os.path.basename(os.path.normpath(args.init)).removesuffix(".pt")
+            args.out = args.out or f"runs/{base}{'-dense' * args.dense}"
             make_folder(args.out)
             if os.path.exists(os.path.join(args.out, "args.json")):
                 raise UserError(f"{args.out} holds a run already\n"
                                 f"--resume {args.out} goes on with it, another --out starts anew")
-            for name in ("init", "data"):    # paths, not names: --resume and --report may run in another folder
-                if os.path.exists(getattr(args, name)):
-                    setattr(args, name, os.path.abspath(getattr(args, name)))
-            args.base_ce = None
+            names = {"init": args.init in {"scratch", *GPT2_SHA256}, "data": is_name(args.data), "control": False}
+            for name, value in ((name, getattr(args, name)) for name in names if not names[name]):
+                if value and os.path.exists(value):    # --resume and --report may run in another folder
+                    setattr(args, name, os.path.abspath(value))
+            args.base_ce = args.processes = None
         run(args)
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         parser.error(str(error))
 
 

@@ -30,7 +30,7 @@ def test_it_rises_above_tau_and_falls_below(answer):
 
 @pytest.mark.parametrize("ce, end", [(1e3, 1e3), (0.0, 1e-3)])
 def test_it_stays_in_its_range_and_comes_back(answer, ce, end):
-    geco = answer.Geco(2.0, rate=1.0, decay=0.0)
+    geco = answer.Geco(2.0, rate=1.0, decay=0.0, lam_range=(1e-3, 1e3))
     for _ in range(10_000):
         geco.update(ce)
     assert geco.lam == pytest.approx(end)

@@ -14,7 +14,7 @@ do then?
 class Geco:
     """The multiplier lam of one constraint CE <= tau, kept inside lam_range."""
 
-    def __init__(self, tau, lam=1.0, rate=0.01, decay=0.99, lam_range=(1e-3, 1e3)):
+    def __init__(self, tau, lam=1.0, rate=0.002, decay=0.99, lam_range=(1e-3, 10.0)):
         raise NotImplementedError
 
     @property

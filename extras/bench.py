@@ -127,7 +127,9 @@ def patching_times(device, pairs=100, length=16):
         """What edge_scores must form for n pairs: every source's output, and its product with every gradient."""
         differences = source_differences(model, *seen)[:n]
         grads = differences.transpose(0, 1)    # as many destinations as sources
-        torch.einsum("nstc,dntc->nsd", differences, grads)
+        for first in range(0, len(grads), model.config.n_head + 1):    # the heads of a layer, and its MLP
+            for group in (grads[first:first + model.config.n_head], grads[first + model.config.n_head:][:1]):
+                torch.einsum("nstc,dntc->nsd", differences[:, :first + 1], group)
 
     batch = slice(0, 25)
     with torch.no_grad():
@@ -190,7 +192,10 @@ def main():
               flush=True)
     times = alternate(training_steps(device), device, args.repeats)
     print(f"\none training step of GPT-2's shape, 1 sequence of 1,024 tokens: dense {times['dense']:.2f} s, "
-          f"sparse {times['sparse']:.2f} s ({times['sparse'] / times['dense']:.2f}x)")
+          f"sparse {times['sparse']:.2f} s ({times['sparse'] / times['dense']:.2f}x), "
+          f"{1024 / times['dense']:,.0f} and {1024 / times['sparse']:,.0f} tokens/s")
+    if device == "cuda":
+        print(f"peak memory of both {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if args.plot:
         draw_speed(rows, f"{TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}", args.plot)
 

@@ -59,22 +59,31 @@ def measure(model, pairs, seed):
     found["head scores"], found["edge scores"] = heads.mean(0), edges["off"].mean(0)
     for kind in KINDS:
         by_head, by_edge = heads, edges["off"]
-        if kind == "global":
-            by_head, by_edge = (scores.mean(0, keepdim=True).expand_as(scores) for scores in (by_head, by_edge))
+        if kind == "global":    # by the mean of m(patched) - m(corrupt): pairs of little effect count little
+            by_head, by_edge = ((scores * size).mean(0, keepdim=True).expand_as(scores) for scores, size in (
+                (by_head, effect[:, None, None]), (by_edge, 1)))
         m = batched(metric_of_first_heads, model, pairs, by_head.flatten(1).argsort(descending=True))
         curve = share_of_effect(m, m_clean)
         found[f"explained effect, {kind}"], found[f"heads, {kind}"] = curve, heads_needed(curve)
         curve = cumulative(by_edge).mean(0)[:1 + len(edge_names(config))]
         found[f"share of scores, {kind}"], found[f"edges, {kind}"] = curve, edges_needed(curve)
-        kept = found[f"kept circuit, {kind}"] = {}
-        points = {round(n) for n in np.geomspace(1, len(curve) - 1, 24)} | {edges_needed(curve) or 1}
-        for n in tqdm(sorted(points), desc="circuits", leave=False):
+
+        def effect_alone(n):    # of the n best edges, as far as they have a score at all
             m = batched(lambda model, *batch: kept_circuit(model, batch[-1], *batch[:-1]), model, pairs,
-                        top_edges(by_edge, n, config))
-            kept[n] = ((m - m_corrupt).mean() / effect.mean()).item()
+                        top_edges(by_edge, n, config) & (by_edge != 0))
+            return ((m - m_corrupt).mean() / effect.mean()).item()
+
+        points = {round(n) for n in np.geomspace(1, len(curve) - 1, 24)} | {edges_needed(curve) or 1}
+        kept = {n: effect_alone(n) for n in tqdm(sorted(points), desc="circuits", leave=False)}
+        enough = next((n for n, share in kept.items() if share >= SHARE), None)
+        few = max((n for n in kept if enough and n < enough), default=0)
+        while enough and enough - few > 1:    # between two points: halve
+            n = (few + enough) // 2
+            kept[n] = effect_alone(n)
+            few, enough = (few, n) if kept[n] >= SHARE else (n, enough)
+        found[f"kept circuit, {kind}"] = dict(sorted(kept.items()))
         found[f"effect of these edges alone, {kind}"] = kept.get(edges_needed(curve))
-        enough = (n for n, effect_alone in kept.items() if effect_alone >= SHARE)
-        found[f"edges that alone have {SHARE:.0%} of the effect, {kind}"] = next(enough, None)    # of those tried
+        found[f"edges that alone have {SHARE:.0%} of the effect, {kind}"] = enough
 
     # Attribution against truth, over all (pair, head) and all (pair, sampled edge).
     names, sample = nodes(config), edge_names(config)
@@ -96,9 +105,10 @@ def load_models(args):
     models = {name: GPT.from_pretrained(path).to(args.device)
               for name, path in (("dense", args.dense), ("sparse", args.sparse))}
     layouts = {model.notes.get("layout") for model in models.values()}
-    dense, sparse = (dataclasses.asdict(model.config) for model in models.values())
-    differ = [f"{key} {dense[key]} and {sparse[key]}" for key in dense.keys() - {"gated", "gate_bias"}
-              if dense[key] != sparse[key]] + ["their layout of sums"] * (len(layouts) > 1)
+    dense, sparse = ({"family": type(model).__name__, **dataclasses.asdict(model.config)} for model in models.values())
+    differ = [f"{key} {dense.get(key)} and {sparse.get(key)}" for key in {**dense, **sparse}.keys()
+              - {"gated", "gate_bias"} if dense.get(key) != sparse.get(key)]
+    differ += ["their layout of sums"] * (len(layouts) > 1)
     if differ:
         raise UserError(f"{args.dense} and {args.sparse} differ in {', '.join(sorted(differ))}\n"
                         "compare two models of one shape")
@@ -118,7 +128,9 @@ def print_table(found):
 def compare(args):
     models = load_models(args)
     config = models["dense"].config
-    options = {"corruption": args.corruption} if args.task == "ioi" else {}
+    if args.corruption and args.task != "ioi":
+        raise UserError("--corruption is a choice of --task ioi\nleave it out")
+    options = {"corruption": args.corruption} if args.corruption else {}
     pairs = make_pairs(args.task, args.pairs, args.seed, models["dense"], **options)
     make_folder(args.out)
     print(f"{args.task}: {args.pairs} pairs of {pairs[0].shape[1]} tokens, {config.n_layer} layers of "
@@ -170,7 +182,7 @@ def main():
         parser.add_argument(name, required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
-    parser.add_argument("--corruption", choices=("abc", "swap"), default="abc",
+    parser.add_argument("--corruption", choices=("abc", "swap"),
                         help="of ioi: three fresh names (default), or the second subject swapped")
     parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
@@ -179,5 +191,5 @@ def main():
     args.out = args.out or f"runs/patching-{args.task}"
     try:
         compare(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.error(str(error))

@@ -36,6 +36,13 @@ HELD_OUT = 20       # one document in 20 is for validation
 SHARD_MAGIC = 20240520
 
 
+NAMES = r"stdlib|fineweb(?:-(\d+))?|openwebtext(?:-(\d+|10k))?"
+
+
+def is_name(source):
+    return re.fullmatch(NAMES, source) is not None
+
+
 def load(source, encoding):
     """Tokens of the training and of the validation split, two memory-mapped arrays of whole documents."""
     cache = Path(torch.hub.get_dir(), "sparse-attention-data")

@@ -1,5 +1,6 @@
 """Vocabularies as tiktoken encodings: bytes, GPT-2's, and any tokenizer.json with byte-level BPE."""
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def gpt2_encoding():
 def encoding_of(model):
     """The tokens that a model was trained on: its tokenizer.json, or told by the size of its vocabulary."""
     if "tokenizer" in model.notes:
+        if not os.path.exists(model.notes["tokenizer"]):
+            raise UserError(f"{model.notes['tokenizer']} is gone, with which this model was made\nput it there again")
         return tokenizer_encoding(model.notes["tokenizer"])
     encodings = {50257: gpt2_encoding, 257: byte_encoding}
     if model.config.vocab_size not in encodings:
@@ -37,11 +40,17 @@ def encoding_of(model):
     return encodings[model.config.vocab_size]()
 
 
-class SkipsUnknownBytes(tiktoken.Encoding):
-    """Some vocabularies lack bytes that are rare in text. Like Hugging Face, leave them out; tiktoken needs all 256,
-    so that the lacking ones get numbers above the vocabulary for a moment."""
+class HuggingFaceEncoding(tiktoken.Encoding):
+    """Two things that Hugging Face's tokenizers do and tiktoken does not.
 
-    def __init__(self, name, mergeable_ranks, special_tokens, **kwargs):
+    Some vocabularies lack bytes that are rare in text: these are left out. (tiktoken needs all 256, so that the lacking
+    ones get numbers above the vocabulary for a moment.) And some add words that are found in ordinary text before all
+    else, as OLMo's runs of spaces: the longest first.
+    """
+
+    def __init__(self, name, mergeable_ranks, special_tokens, words=(), **kwargs):
+        self.words = {word: special_tokens[word] for word in words}
+        self.any_word = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
         size = max(*mergeable_ranks.values(), *special_tokens.values()) + 1
         lacking = [bytes([b]) for b in range(256) if bytes([b]) not in mergeable_ranks]
         numbers = {byte: size + n for n, byte in enumerate(lacking)}
@@ -49,7 +58,10 @@ class SkipsUnknownBytes(tiktoken.Encoding):
         self.max_token_value = size - 1    # n_vocab is one more
 
     def encode_ordinary(self, text):
-        return [token for token in super().encode_ordinary(text) if token < self.n_vocab]
+        tokens = []
+        for piece in re.split(f"({self.any_word})", text) if self.words else [text]:
+            tokens += [self.words[piece]] if piece in self.words else super().encode_ordinary(piece)
+        return [token for token in tokens if token < self.n_vocab]
 
 
 def bytes_of_characters():
@@ -96,6 +108,11 @@ def tokenizer_encoding(path):
     if pattern is None:
         refuse("the pre-tokeniser " + " + ".join(str(part.get("type")) for part in parts))
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    words = [token for token in tokenizer.get("added_tokens", []) if not token.get("special")]
+    for token in words:
+        for key in ("lstrip", "rstrip", "single_word"):
+            if token.get(key):
+                refuse(f"{key} of the added token {token['content']!r}")
     byte_of = bytes_of_characters()
     try:
         ranks = {bytes(byte_of[c] for c in token): n for token, n in model["vocab"].items() if token not in added}
@@ -106,9 +123,13 @@ def tokenizer_encoding(path):
     order = [model["vocab"].get(token, -1) for token in merged]
     if order != sorted(order) or -1 in order:
         refuse("a vocabulary whose numbers do not follow its merges")
+    whole = {token for token in model["vocab"] if len(token) > 1} - set(merged) - added.keys()
+    if whole and not model.get("ignore_merges"):
+        refuse(f"a token without a merge ({min(whole)!r})")
     name = f"{Path(path).parent.name}-{zlib.crc32(Path(path).read_bytes()):08x}"
     for end in ("<|endoftext|>", "<|end_of_text|>", "</s>"):
         if end in added:
-            return SkipsUnknownBytes(name, pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens={**added, "<|endoftext|>": added[end]})
+            return HuggingFaceEncoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                       special_tokens={**added, "<|endoftext|>": added[end]},
+                                       words=[token["content"] for token in words])
     refuse("a vocabulary without <|endoftext|>")

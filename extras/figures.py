@@ -9,12 +9,15 @@ matplotlib.use("Agg")    # draws into files, needs no screen
 import matplotlib.pyplot as plt
 from matplotlib.collections import LineCollection
 
+from extras.files import replacing
+
 STYLES = {"dense": dict(color="black", ls="-", lw=2.2, marker="o"),
           "sparse": dict(color="C1", ls="--", lw=1.6, marker="s")}
 
 
 def save(figure, path):
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
 
 
@@ -108,7 +111,7 @@ def draw_heads(by_head, path):
 
 
 def draw_effects(found, of, kinds, share, title, path):
-    """Figures 3 and 4a: what `measure` of patching.py found, over the number of heads or edges (of)."""
+    """Figures 3 and 4a: what `measure` of extras/compare.py found, over the number of heads or edges (of)."""
     what = {"heads": "explained effect", "edges": "share of scores"}[of]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for ax, kind in zip(axes, kinds):

@@ -16,6 +16,8 @@ import urllib.request
 
 import torch
 
+from extras.lora import merged
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: its message says in two lines what is wrong and what to do."""
@@ -111,8 +113,11 @@ def first_line(error):
     return str(error).partition("\n")[0][:160]
 
 
-def read_weights(path):
-    """A folder, a single file or the index of a sharded one -> (tensors by name, metadata)."""
+def read_weights(path, merge=True):
+    """A folder, a single file or the index of a sharded one -> (tensors by name, metadata).
+
+    merge: adapters (extras/lora.py) become part of the weights.
+    """
     if os.path.isdir(path):
         names = [n + end for n in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
         files = [os.path.join(path, n) for n in names if os.path.exists(os.path.join(path, n))]
@@ -145,7 +150,7 @@ def read_weights(path):
                             "expected one of ours, or a state dict")
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise UserError(f"{path} holds no tensors by name\nexpected a state dict or a checkpoint of ours")
-    return tensors, meta
+    return merged(tensors) if merge else tensors, meta
 
 
 def read_json(path):

@@ -122,6 +122,7 @@ class Llama(GPT):
                 nn.init.normal_(p, std=0.02, generator=generator)
 
     def embed(self, idx):
+        self.check_length(idx)
         return self.wte(idx)                                                         # (B,T,C)
 
     def unembed(self, x):

@@ -1,37 +1,34 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): train a large model's projections with few parameters.
 
-    add_adapters(model, rank=8)             # W becomes W + B A on every q and k projection; only A and B are trained
-    tensors = merged(model.state_dict())    # the same model as an ordinary state dict
+    add_adapters(model, rank=8)             # x W' becomes x W' + (x A') B' in every q and k; only A and B are trained
+    tensors = merged(model.state_dict())    # the same model as an ordinary state dict, with W + B A
 
-The frozen weights can be kept in bfloat16. `from_pretrained` merges by itself, so that every checkpoint of a run with
-adapters is an ordinary one to all that read it.
+The frozen weights can be kept in bfloat16. Reading a checkpoint merges, so that those of a run with adapters are
+ordinary ones to all that read them.
 """
 import math
 
 import torch
 import torch.nn as nn
-from torch.nn.utils import parametrize
+import torch.nn.functional as F
 
 QUERY_KEY = ("c_attn", "q_proj", "k_proj")
-STORED = ".parametrizations.weight."    # PyTorch's names: W is `original`, A and B are `0.a` and `0.b`
 
 
-class LowRank(nn.Module):
-    """W (out,in) -> W + B A, in W's type. B (rows,rank) starts at 0, A (rank,in) at random; rows below are W's own."""
+class Adapted(nn.Module):
+    """A frozen linear layer with an adapter on its first `rows` outputs: A (rank,in) at random, B (rows,rank) 0."""
 
-    def __init__(self, weight, rank, rows, generator=None):
+    def __init__(self, linear, rank, rows, generator=None):
         super().__init__()
+        self.linear, weight = linear, linear.weight
         a = torch.randn(rank, weight.shape[1], generator=generator) / math.sqrt(weight.shape[1])
         self.a = nn.Parameter(a.to(weight.device))
         self.b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
-    def forward(self, weight):
-        return low_rank_sum(weight, self.a, self.b)
-
-
-def low_rank_sum(weight, a, b):
-    change = nn.functional.pad((b @ a).to(weight.dtype), (0, 0, 0, len(weight) - len(b)))
-    return weight + change
+    def forward(self, x):
+        y = self.linear(x)
+        change = F.linear(F.linear(x, self.a), self.b)                               # (B,T,rows)
+        return y + F.pad(change, (0, y.shape[-1] - len(self.b)))
 
 
 def add_adapters(model, rank, everything=False, dtype=torch.float32, generator=None):
@@ -43,21 +40,20 @@ def add_adapters(model, rank, everything=False, dtype=torch.float32, generator=N
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             module.to(dtype)
-            kind = name.rpartition(".")[2]
+            parent, _, kind = name.rpartition(".")
             if everything or kind in QUERY_KEY:
                 rows = len(module.weight) * 2 // 3 if kind == "c_attn" and not everything else len(module.weight)
-                adapter = LowRank(module.weight, rank, rows, generator)
-                parametrize.register_parametrization(module, "weight", adapter)
-                module.parametrizations.weight.original.requires_grad_(False)
+                setattr(model.get_submodule(parent), kind, Adapted(module, rank, rows, generator))
     return model
 
 
 def merged(tensors):
     """A state dict with adapters -> the same model's without, in float32. An ordinary one stays as it is."""
-    plain = {name: t for name, t in tensors.items() if STORED not in name}
-    for name in tensors:
-        if name.endswith(STORED + "original"):
-            at = name.removesuffix("original")
-            plain[name.replace(STORED + "original", ".weight")] = low_rank_sum(
-                tensors[name].float(), tensors[at + "0.a"].float(), tensors[at + "0.b"].float())
+    plain = {name: t for name, t in tensors.items() if not name.endswith((".a", ".b"))}
+    for at in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
+        for kind in ("weight", "bias"):
+            if f"{at}.linear.{kind}" in plain:
+                plain[f"{at}.{kind}"] = plain.pop(f"{at}.linear.{kind}").float()
+        change = tensors[f"{at}.b"].float() @ tensors[f"{at}.a"].float()
+        plain[f"{at}.weight"][:len(change)] += change.to(plain[f"{at}.weight"].device)
     return plain

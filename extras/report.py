@@ -1,4 +1,4 @@
-"""The report of a run of train.py, from its files alone: a table, summary.json and three pictures (Figure 2)."""
+"""The report of a run of train.py: a table, summary.json and three pictures (Figure 2)."""
 import argparse
 import os
 
@@ -19,8 +19,29 @@ def best_row(rows, tau):
     return min((row for row in rows if row["val_ce"] <= tau), key=lambda row: row["active"], default=None)
 
 
+SHARED = ("data", "steps", "seed", "block_size", "batch_size", "grad_accum", "processes", "eval_windows", "lr",
+          "schedule", "warmup", "weight_decay", "lora_rank", "lora_all")
+
+
+def check_control(args, control):
+    """The last row of a finished --dense run that differs from ours in nothing else, or a UserError."""
+    theirs = argparse.Namespace(**read_json(os.path.join(control, "args.json")))
+    row = read_weights(os.path.join(control, "last.pt"))[1]["rows"][-1]
+    # (block_size may still be the model's own, and base_ce unmeasured, where ours has just begun)
+    differ = [name for name in SHARED if getattr(args, name) not in (None, getattr(theirs, name))]
+    if args.base_ce is not None and abs(theirs.base_ce - args.base_ce) > 1e-3:
+        differ.append("untouched model")
+    why = ("not --dense" if not theirs.dense else f"other {', '.join(differ)}" if differ else
+           f"stopped at step {row['step']} of {theirs.steps}" if row["step"] < theirs.steps else None)
+    if why:
+        raise UserError(f"{control} is no control of {args.out}: {why}\na control is a finished --dense run with the "
+                        "same options")
+    return row
+
+
 def report(out, control=None):
-    """Table, summary.json and pictures of the run in `out`, from its files alone. control: a --dense run's folder."""
+    """Table, summary.json and pictures of the run in `out`, from its files and those of the model it started from.
+    control: a --dense run's folder; without one, that of the run's own --control."""
     args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
     _, state = read_weights(os.path.join(out, "last.pt"))
     rows = state["rows"]
@@ -30,23 +51,17 @@ def report(out, control=None):
     best = None if args.dense else best_row(rows, args.tau)
     found = best or rows[-1]
     lines = [("untouched", args.base_ce, args.base_active)]
+    control = control or args.control
     if control:
-        theirs = read_json(os.path.join(control, "args.json"))
-        differ = [key for key in ("data", "steps", "seed", "block_size", "batch_size", "grad_accum", "eval_windows")
-                  if theirs.get(key) != getattr(args, key)]
-        if differ or not theirs.get("dense"):
-            why = f"other {', '.join(differ)}" if differ else "not --dense"
-            raise UserError(f"{control} is no control of {out}: {why}\n"
-                            "a control is a --dense run with the same options")
-        _, control_state = read_weights(os.path.join(control, "last.pt"))
-        lines.append(("dense control", control_state["rows"][-1]["val_ce"], 1.0))
+        lines.append(("dense control", check_control(args, control)["val_ce"], 1.0))
     lines.append(("dense control" if args.dense else "sparse", found["val_ce"], found["active"]))
     print(f"\n{'':16}validation CE   active edges   edges per token")
     for name, ce, active in lines:
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
     write_json(os.path.join(out, "summary.json"), {
         "base_ce": args.base_ce, "control_ce": lines[1][1] if control or args.dense else None,
-        "sparse_ce": None if args.dense else found["val_ce"], "tau": args.tau, "constraint_met": best is not None,
+        "sparse_ce": None if args.dense else found["val_ce"], "tau": args.tau,
+        "constraint_met": None if args.dense else best is not None,
         "active_share": found["active"], "edges_per_token": found["active"] * edges_per_token,
         "step": found["step"], "steps": args.steps, "seed": args.seed})
     if args.dense:

@@ -142,12 +142,13 @@ ARGUMENTS = """load size file last name path text user key value mode type page 
     index limit start end width height depth scale shape point node root table field label title owner group
     token order price"""
 WORDS = "old new first second small large main other next final raw full local current inner outer"
-DOCSTRING = '''def load(self,{},{},{},{}):
-    """Takes the{}{}
+DOCSTRING = '''def {}(self,{},{},{},{}):
+    """{} the{}{}
 
     :param{}: the{}{}
     :param{}: the{}{}
     :param'''
+VERBS = (("load", "Load"), ("save", "Write"), ("find", "Return"))
 
 
 def docstring(n, seed, encoding=None):
@@ -161,8 +162,9 @@ def docstring(n, seed, encoding=None):
     clean, corrupt, right, wrong = [], [], [], []
     for _ in range(n):
         names, w = rng.choice(arguments, 8, replace=False), rng.choice(words, 6, replace=False)
+        name, verb = VERBS[rng.integers(len(VERBS))]
         for sentences, args in ((clean, names[:4]), (corrupt, names[4:])):
-            sentences.append(DOCSTRING.format(*args, *w[:2], names[0], *w[2:4], names[1], *w[4:]))
+            sentences.append(DOCSTRING.format(name, *args, verb, *w[:2], names[0], *w[2:4], names[1], *w[4:]))
         tokens = [encoding.encode_ordinary(name)[0] for name in names]
         right.append(tokens.pop(2))
         wrong.append(tokens)
@@ -171,7 +173,7 @@ def docstring(n, seed, encoding=None):
 
 
 def addition(n, seed, layout="reversed"):
-    """Two-digit sums of toy_addition.py, held out there: does the carry reach the tens?
+    """Two-digit sums of toy_addition.py, the clean ones held out there: does the carry reach the tens?
 
     Corruption: the same tens digits with other units, so that the units carry if and only if they did not; the tens
     of the sum then differ by one. Metric: logit(its tens digit) - logit(the corrupted sum's), at the tens slot.

@@ -1,5 +1,4 @@
 """extras/bench.py: the table it prints, and that its memory column measures memory."""
-import re
 import time
 
 import pytest
@@ -8,8 +7,9 @@ from extras import bench
 
 
 def test_it_prints_a_table_and_draws_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "training_steps", lambda device: {"dense": lambda: time.sleep(0.01),
-                                                                 "sparse": lambda: time.sleep(0.03)})
+    took = {"plain": 0.030, "ours": 0.010, "dense": 0.004, "sparse": 0.012}
+    monkeypatch.setattr(bench, "alternate", lambda functions, *_: {name: took[name] for name in functions})
+    monkeypatch.setattr(bench, "training_steps", lambda device: {"dense": None, "sparse": None})
     mib = {"plain": 7, "ours": 3, "dense": 2}
     monkeypatch.setattr(bench, "in_own_process", lambda name, T, device, dtype: mib[name] << 20)
     monkeypatch.setattr("sys.argv", ["bench.py", "--lengths", "8", "16", "--repeats", "1", "--plain-up-to", "8",
@@ -18,13 +18,11 @@ def test_it_prints_a_table_and_draws_it(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")][2:]
     assert [int(row[0]) for row in rows] == [8, 16]
-    plain, ours, dense = (float(cell) for cell in rows[0][1:4])
-    assert float(rows[0][4].rstrip(" x")) == pytest.approx(plain / ours, abs=0.2)
-    assert float(rows[0][5].rstrip(" x")) == pytest.approx(ours / dense, rel=0.5)
+    assert [float(cell) for cell in rows[0][1:4]] == [30, 10, 4]    # ms
+    assert [float(cell.rstrip(" x")) for cell in rows[0][4:6]] == [3, 2.5]
     assert [int(cell) for cell in rows[0][6:]] == [7, 3, 2]    # MiB
     assert rows[1][1].strip() == rows[1][4].strip() == "-"      # the plain one only up to 8
-    dense, sparse, ratio = map(float, re.findall(r"\d+\.\d+", printed.splitlines()[-1]))
-    assert 0.01 <= dense < 0.02 and 0.03 <= sparse < 0.04 and ratio == pytest.approx(3, abs=0.6)
+    assert "(3.00x)" in printed
     assert (tmp_path / "new" / "bench.png").stat().st_size > 10_000
 
 

@@ -357,10 +357,22 @@ def test_values_of_another_size_and_strided_inputs(small_blocks):
 
 
 def test_the_real_block_size_once():
-    """Two blocks of queries as they are in use, the second of two rows."""
-    q, k, v = qkv(B=1, H=1, T=130)
-    for a, b in zip(sparse_attention(q, k, v, 0.4), reference_sparse_attention(q, k, v, 0.4)):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    """Blocks of queries as they are in use, the last of two rows."""
+    T = 2 * gates.ROWS + 2
+    q, k, v = qkv(B=1, H=1, T=T)
+    weights = torch.randn(1, 1, T, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    for causal in (True, False):
+        both = [outputs_and_gradients(attention, q, k, v, *weights, 0.4, causal) for attention in ATTENTIONS]
+        for a, b in zip(*both):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_gate_is_open_in_evaluation_if_and_only_if_its_logit_is_positive(attention):
+    """However little: in float32, sigmoid(1e-9) is 1/2."""
+    v = torch.ones(1, 1, 1, 1)
+    for score, share in ((1e-9, 1.0), (0.0, 0.0), (-1e-9, 0.0)):
+        assert attention(torch.full((1, 1, 1, 1), score), v, v, 0.0)[2].item() == share
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -90,6 +90,21 @@ def test_reaches_a_known_constrained_optimum(gain):
     assert geco.lam == pytest.approx(4.0, abs=1e-2)
 
 
+def test_the_defaults_do_not_swing():
+    """The same problem: up to the ceiling while the loss is far off, down again, and once past 4 within 2 % of it."""
+    point, lams = torch.zeros(2, requires_grad=True), []
+    optimizer, geco = torch.optim.SGD([point], lr=0.02), Geco(tau=1.0)
+    for _ in range(3000):
+        edges, ce = point.square().sum(), (point - torch.tensor([3.0, 4.0])).square().sum()
+        optimizer.zero_grad()
+        geco.objective(edges, ce).div(1 + geco.lam).backward()
+        optimizer.step()
+        geco.update(ce.item())
+        lams.append(geco.lam)
+    past = next(n for n, lam in enumerate(lams) if max(lams[:n + 1]) > 9 and lam < 4)
+    assert past < 2500 and all(abs(lam - 4) < 0.08 for lam in lams[past:])
+
+
 def test_state_round_trip_is_plain_numbers_and_goes_on_alike():
     geco = Geco(tau=1.0, gain=0.5)
     for ce in (2.0, 1.5):

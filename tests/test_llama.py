@@ -14,8 +14,9 @@ from extras.llama import Llama
 from model import GPT, allowed_edges, load_checkpoint, save_checkpoint
 from test_model import write_safetensors
 
+# Of the two frequencies below, 1 and 0.1, one is kept, one interpolated with 64 positions, slowed down with 16.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
+          "original_max_position_embeddings": 64}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 40,
           "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 31,
           "max_position_embeddings": 64, "rope_theta": 100.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
@@ -106,6 +107,7 @@ def write(folder, config, w, sharded=False):
 
 @pytest.mark.parametrize("change", [
     {}, {"tie_word_embeddings": False}, {"num_key_value_heads": 6}, {"rope_scaling": LLAMA3},
+    {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}},
     {"architectures": ["OlmoForCausalLM"], "model_type": "olmo", "tie_word_embeddings": False},
 ])
 @pytest.mark.parametrize("sharded", [False, True])
@@ -162,6 +164,15 @@ def test_a_config_without_a_size_is_named(tmp_path):
 
 
 # ---- Tokenizers
+
+def test_bytes_are_written_as_gpt2_writes_them():
+    """Pairs from its published vocabulary."""
+    byte_of = bytes_of_characters()
+    assert len(byte_of) == len(set(byte_of.values())) == 256
+    published = {"!": 33, "~": 126, "a": 97, "\u0120": 32, "\u010a": 10, "\u0109": 9, "\u0100": 0, "\u0143": 173,
+                 "\u00a1": 161, "\u00ff": 255}
+    assert {c: byte_of[c] for c in published} == published
+
 
 TEXT = "The cat sat on the mat, and the cat's hat was on the cat. In 1984 the 12 cats ate the rats!  Überall\n\n sat"
 
@@ -239,6 +250,19 @@ def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path):
     assert encoding.n_vocab == 297
 
 
+def test_added_words_are_found_in_text_before_all_else(tmp_path):
+    """As OLMo's runs of spaces: the longest first."""
+    tokenizer = trained_tokenizer()
+    for n, word in enumerate(("  ", "    ", "at")):
+        tokenizer["added_tokens"].append({"content": word, "id": 297 + n, "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    encoding, plain = tokenizer_encoding(tmp_path / "tokenizer.json"), trained_tokenizer()
+    a, b, c = (by_hand(plain, [letter]) for letter in "abc")
+    assert encoding.encode_ordinary("a      b  cat") == [*a, 298, 297, *b, 297, *c, 299]
+    assert encoding.decode(encoding.encode_ordinary("a      b  cat")) == "a      b  cat"
+    assert encoding.encode_ordinary("<|endoftext|>") != [296]    # special ones are not
+
+
 def test_a_model_brings_its_tokenizer(tmp_path):
     config = CONFIG | {"vocab_size": 297}
     folder = write(tmp_path / "hf", config, weights(config))
@@ -247,6 +271,9 @@ def test_a_model_brings_its_tokenizer(tmp_path):
     save_checkpoint(model, tmp_path / "ours.pt")
     for loaded in (model, load_checkpoint(tmp_path / "ours.pt")):
         assert encoding_of(loaded).n_vocab == 297
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json is gone"):
+        encoding_of(model)
     del model.notes["tokenizer"]
     with pytest.raises(UserError, match="no encoding is known for a vocabulary of 297"):
         encoding_of(model)
@@ -260,6 +287,8 @@ def test_a_model_brings_its_tokenizer(tmp_path):
     (("model", "byte_fallback"), True, "byte_fallback=True"),
     (("model", "merges", 0), "a b", "numbers do not follow its merges"),
     (("added_tokens",), [], "a vocabulary without <|endoftext|>"),
+    (("model", "vocab", "Xq"), 296, "a token without a merge \\('Xq'\\)"),
+    (("added_tokens", 0), {"content": "<x>", "id": 296, "lstrip": True}, "lstrip of the added token '<x>'"),
 ])
 def test_a_tokenizer_that_is_not_implemented_is_named(tmp_path, at, value, message):
     tokenizer = trained_tokenizer()

@@ -443,6 +443,7 @@ def test_docstring(gpt2):
         one = P.select(clean, corrupt, metric, torch.tensor([n]))[2]
         assert one(logits_of(n, values)).item() == pytest.approx(2 - 7)    # the third name against the last
         compile(good.split(":param")[0] + '"""', "docstring", "exec")
+    assert len({text.partition("(")[0] for text in texts(gpt2, clean)}) == 3    # templates
 
 
 def test_copy():
@@ -541,7 +542,7 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
     found = json.loads((out / "scores.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     pairs = P.addition(30, 0, layout)
     models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
-    m = {name: [pairs[2](model(tokens).logits) for tokens in pairs[:2]] for name, model in models.items()}
+    m = {name: [pairs[2](model(tokens).logits).detach() for tokens in pairs[:2]] for name, model in models.items()}
     usable = torch.stack([a - b >= compare.USABLE for a, b in m.values()]).all(0)
     assert f"measured on the {usable.sum()} pairs" in stdout and 0 < usable.sum() < 30
     for name, model in models.items():
@@ -556,10 +557,36 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
         np.testing.assert_allclose(f["edge scores"], edges.mean(0), atol=1e-3)
         assert f["edges, per sentence"] == P.edges_needed(P.cumulative(edges).mean(0))
         assert f["edges, global"] == P.edges_needed(P.cumulative(edges.mean(0)))
+        change = heads * (m[name][0] - m[name][1])[usable][:, None, None]    # of m itself: small effects count little
         assert f["heads, global"] == P.heads_needed(P.explained_effect(
-            model, *part, heads.mean(0).flatten().argsort(descending=True)))
-        for kind in compare.KINDS:
-            assert f[f"kept circuit, {kind}"]["26"] == pytest.approx(1, abs=1e-3)    # all edges: m(clean)
+            model, *part, change.mean(0).flatten().argsort(descending=True)))
+        effect, m_corrupt = (m[name][0] - m[name][1])[usable], m[name][1][usable]
+        for kind, ranked in (("per sentence", edges), ("global", edges.mean(0).expand_as(edges))):
+            def alone(n):    # the effect of the n best edges, chosen pair by pair; an edge without a score is no choice
+                chosen = torch.zeros_like(ranked, dtype=torch.bool)
+                for pair, scores in enumerate(ranked.abs().flatten(1)):
+                    best = [i for i in scores.argsort(descending=True)[:n].tolist() if scores[i] > 0]
+                    chosen[pair].view(-1)[best] = True
+                return ((P.kept_circuit(model, chosen, *part) - m_corrupt).mean() / effect.mean()).item()
+
+            kept, n = f[f"kept circuit, {kind}"], f[f"edges that alone have 90% of the effect, {kind}"]
+            for tried in ("1", "8", "26"):
+                assert kept[tried] == pytest.approx(alone(int(tried)), abs=1e-3)
+            if n is None:
+                assert max(kept.values()) < 0.9
+            else:
+                assert alone(n) >= 0.9 and (n == 1 or alone(n - 1) < 0.9)
+            assert f[f"effect of these edges alone, {kind}"] == kept[str(f[f"edges, {kind}"])]
+        everywhere = [P.exact_edge_score(model, *part, *edge) for edge in P.edge_names(model.config)]    # fewer than 30
+        mask = P.edge_mask(model.config)
+        for gate in ("off", "on") if model.config.gated else ("off",):
+            s = P.edge_scores(model, *part, gate_gradient=gate == "on")
+            of_heads = torch.stack([s[:, node].sum(-1) for node in (1, 2, 4, 5)], 1)    # after embed; 3 is m0
+            key = f"rank correlation with patching, gate gradient {gate}, "
+            assert f[key + "edges"] == pytest.approx(compare.spearman(
+                s[:, mask].flatten(), torch.stack(everywhere, 1).flatten()), abs=0.01)
+            assert f[key + "heads"] == pytest.approx(compare.spearman(
+                of_heads.flatten(), (heads.flatten(1) * effect[:, None]).flatten()), abs=0.01)
     assert "rank correlation" in stdout and "1.0x" in stdout
 
 

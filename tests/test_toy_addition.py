@@ -92,21 +92,50 @@ def test_evaluate_counts_sums_and_edges():
     assert found["hard_ce"] == pytest.approx(model(idx, targets).loss.item())
 
 
+@pytest.mark.parametrize("hard_ce, accuracy, kept", [
+    (0.01, 1.0, True), (0.0151, 1.0, False), (0.01, 0.9991, True), (0.01, 0.9989, False), (math.nan, 1.0, False)])
+def test_few_wrong_sums_are_not_outweighed_by_many_sure_ones(hard_ce, accuracy, kept):
+    assert toy.meets_constraint({"hard_ce": hard_ce, "accuracy": accuracy}, 0.015) == kept
+
+
+def test_training_samples_gates_whatever_mode_the_model_was_in():
+    idx, targets = toy.addition_data()
+    active = []
+    for mode in (True, False):
+        model = GPT(toy.toy_config(gated=True, gate_bias=0.0), generator=torch.Generator().manual_seed(0)).train(mode)
+        history = toy.train(model, idx, targets, 3, 1e-3, geco=toy.toy_geco(0.1), eval_every=3)
+        active.append([row["expected"] for row in history])
+        assert model.training
+        toy.evaluate(model.eval(), idx[:8], targets[:8])
+        assert not model.training
+    assert active[0] == active[1]
+
+
+def test_a_broken_loss_says_when_and_what_to_do():
+    idx, targets = toy.addition_data()
+    model = GPT(toy.toy_config())
+    with torch.no_grad():
+        model.wte.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match="is nan at dense step 1\n.*another --seed"):
+        toy.train(model, idx, targets, 5, 1e-3)
+
+
+@pytest.mark.parametrize("layout, tens", [("reversed", 7), ("paper", 9)])
 @pytest.mark.parametrize("inverted", [False, True])
-def test_the_carry_edge_is_found_and_counted(inverted):
-    """A stand-in model with a known pattern: in layer 1 the tens slot reads the units slot iff there is a carry
+def test_the_carry_edge_is_found_and_counted(inverted, layout, tens):
+    """A stand-in model with a known pattern: in layer 1 the tens slot reads position 6 iff there is a carry
     (or iff there is none: an edge that is absent says as much)."""
-    idx, _ = toy.addition_data()
+    idx, _ = toy.addition_data(layout)
 
     class Known(GPT):
         def attention_maps(self, idx):
-            maps = torch.zeros(2, len(idx), 2, 9, 9)
-            maps[0, :, :, 7, 0] = 0.5                                          # always there: tells nothing
-            maps[1, :, 0, 7, 6] = ((idx[:, 1] + idx[:, 4] >= 10) != inverted).float()
+            maps = torch.zeros(2, len(idx), 2, idx.shape[1], idx.shape[1])
+            maps[0, :, :, tens, 0] = 0.5                                       # always there: tells nothing
+            maps[1, :, 0, tens, 6] = ((idx[:, 1] + idx[:, 4] >= 10) != inverted).float()
             return maps
 
     train_rows, held_out = toy.split()
-    edge, with_carry, without = toy.find_carry_edge(Known(toy.toy_config(gated=True)), idx, train_rows, held_out)
+    edge, with_carry, without = toy.find_carry_edge(Known(toy.toy_config(layout, gated=True)), idx, train_rows, held_out)
     assert (edge, with_carry, without) == ((1, 0, 6), float(not inverted), float(inverted))
 
 

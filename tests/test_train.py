@@ -1,12 +1,15 @@
 """train.py as a user runs it: small runs in processes of their own, killed, resumed and spread over ranks."""
+import argparse
+import contextlib
 import csv
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 import train
+from extras.files import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +46,8 @@ def options(tiny, out, *more):
 
 def start(tiny, *args, launcher=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(tiny / "home")}
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *map(str, args)], text=True,
+    script = [] if "-c" in launcher else [ROOT / "train.py"]
+    return subprocess.Popen([sys.executable, *map(str, [*launcher, *script, *args])], text=True, cwd=ROOT,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -58,11 +63,16 @@ def go(tiny, *args, **kwargs):
 
 
 def here(tiny, *args):
-    """The same in this process: quicker, where nothing is killed or compared bit for bit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        patch.setenv("TORCH_HOME", str(tiny / "home"))
-        train.main()
+    """The same in this process, which is quicker; as there, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", *map(str, args)])
+            patch.setenv("TORCH_HOME", str(tiny / "home"))
+            train.main()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def log(out):
@@ -73,7 +83,9 @@ def log(out):
 @pytest.fixture(scope="session")
 def finished(tiny):
     """A whole run, and what it printed."""
-    return tiny / "whole", go(tiny, *options(tiny, tiny / "whole", "--tau", "5"))
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        here(tiny, *options(tiny, tiny / "whole", "--tau", "5"))
+    return tiny / "whole", output.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -156,22 +168,35 @@ def test_without_tau_it_is_the_untouched_loss_and_a_bit(tiny, capsys):
     assert summary["tau"] == pytest.approx(summary["base_ce"] + 0.05) and f"tau {summary['tau']:.4f}" in output
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, how):
+# Sends itself a signal just before the file NAME takes its place for the COUNT-th time.
+STOPPER = """
+import os, signal, sys
+name, count, how = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])
+replace = os.replace
+def stopping(source, target):
+    global count
+    count -= os.path.basename(target) == name
+    if not count:
+        os.kill(os.getpid(), how)
+    replace(source, target)
+os.replace, sys.argv = stopping, sys.argv[3:]
+import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize("name, count, how", [
+    ("last.pt", 2, "SIGKILL"), ("log.csv", 3, "SIGKILL"), ("log.csv", 2, "SIGINT")])
+def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, name, count, how):
     whole, _ = finished
-    out = tiny / how.name
-    process = start(tiny, *options(tiny, out, "--tau", "5"))
-    until = time.time() + 60
-    while not (out / "log.csv").exists() or len(log(out)) < 2:
-        assert time.time() < until and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(how)
+    out = tiny / f"{how}-{name}"
+    process = start(tiny, *options(tiny, out, "--tau", "5"), launcher=("-c", STOPPER, name, count, how))
     code, _, errors = finish(process)
-    if how == signal.SIGINT:
-        assert code == 1 and f"--resume {out} goes on" in errors
-    assert len(log(out)) < 5                        # it was stopped midway
-    go(tiny, "--resume", out)
-    assert (out / "log.csv").read_text() == (whole / "log.csv").read_text()
+    assert code == (1 if how == "SIGINT" else -signal.SIGKILL)
+    assert how == "SIGKILL" or f"--resume {out} goes on" in errors
+    assert len(log(out)) == (2 if name == "log.csv" else 1)    # a killed one has not written its last row
+    here(tiny, "--resume", out)
+    assert (out / "log.csv").read_text() == (whole / "log.csv").read_text() and not list(out.glob("*.tmp"))
     ours, theirs = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (out, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -190,8 +215,11 @@ def test_two_ranks_follow_one_process(tiny, every_step):
     assert one[-1]["lam"] != one[2]["lam"]
 
 
-def test_scratch_control_and_report(tiny, capsys):
+def test_scratch_control_and_report(tiny, capsys, monkeypatch):
     """The offline path, small: a dense phase, the gates, a dense control from the same weights, one table."""
+    monkeypatch.chdir(tiny)
+    for name in ("scratch", "stdlib"):    # folders of these names do not stand in for what the options mean
+        (tiny / name).mkdir()
     scratch = ["--init", "scratch", "--data", "stdlib", "--layers", "1", "--heads", "2", "--width", "16",
                "--block-size", "32", "--batch-size", "4", "--eval-windows", "8", "--eval-every", "10",
                "--device", "cpu"]
@@ -199,7 +227,7 @@ def test_scratch_control_and_report(tiny, capsys):
     here(tiny, *scratch, "--dense-steps", "20", "--steps", "10", "--out", sparse)
     assert len(log(sparse / "dense")) == 3
     here(tiny, "--init", sparse / "dense" / "last.pt", "--data", "stdlib", "--dense", "--steps", "10",
-         "--eval-windows", "8", "--batch-size", "4", "--grad-accum", "1", "--device", "cpu", "--out", control)
+         "--eval-windows", "8", "--batch-size", "4", "--grad-accum", "1", "--lr", "0.001", "--device", "cpu", "--out", control)
     theirs = json.loads((control / "summary.json").read_text())
     assert theirs["control_ce"] == log(control)[-1]["val_ce"] and theirs["sparse_ce"] is None
     before = (sparse / "log.csv").read_text()
@@ -209,15 +237,25 @@ def test_scratch_control_and_report(tiny, capsys):
     output = capsys.readouterr().out
     assert (sparse / "log.csv").read_text() == before and (sparse / "curve.png").exists()
     assert f"dense control{log(control)[-1]['val_ce']:16.4f}" in output
-    with pytest.raises(SystemExit) as stopped:    # a sparse run is no control
-        here(tiny, "--report", sparse, "--control", sparse)
-    assert stopped.value.code == 2 and "is no control of" in capsys.readouterr().err
+    args = json.loads((control / "args.json").read_text())
+    other = tiny / "other"
+    for change, message in (({"dense": False}, "not --dense"), ({"lr": 0.5}, "other lr"),
+                            ({"base_ce": 1.0}, "other untouched model")):
+        shutil.copytree(control, other, dirs_exist_ok=True)
+        (other / "args.json").write_text(json.dumps(args | change))
+        with pytest.raises(SystemExit) as stopped:
+            here(tiny, "--report", sparse, "--control", other)
+        assert stopped.value.code == 2 and f"is no control of {sparse}: {message}" in capsys.readouterr().err
+    ours = argparse.Namespace(**json.loads((sparse / "args.json").read_text()) | {"steps": 11})
+    (other / "args.json").write_text(json.dumps(args | {"steps": 11}))
+    with pytest.raises(UserError, match="stopped at step 10 of 11"):
+        train.check_control(ours, other)
     untouched = log(sparse / "dense")[-1]["val_ce"]
     assert json.loads((sparse / "summary.json").read_text())["base_ce"] == pytest.approx(untouched, abs=1e-6)
 
 
 def test_distillation_pulls_towards_the_teacher(tiny):
-    """From a copy with other weights in the last layer, KL falls faster with the weight than without."""
+    """Both start as the teacher. With the weight, the KL to it grows less."""
     out = {}
     for weight in ("0", "100"):
         here(tiny, *options(tiny, tiny / f"distill{weight}", "--tau", "5.6", "--distill", weight, "--steps", "10",
@@ -245,6 +283,11 @@ def test_recomputing_activations_changes_nothing(tiny):
     (["--tau", "0"], "0 is not between"),
     (["--dense", "--tau", "3"], "--dense is the control"),
     (["--resume", "nowhere"], "cannot read nowhere"),
+    (["--resume", "WHOLE", "--steps", "7"], "goes on with the options of its run"),
+    (["--lora-all"], "--lora-all needs --lora-rank"),
+    (["--layers", "3"], "--layers, --width need --init scratch"),
+    (["--control", "nowhere", "--init", "INIT", "--data", "TEXT", "--out", "OUT"], "cannot read"),
+    (["--init", "BROKEN", "--data", "TEXT", "--out", "OUT", "--device", "cpu"], "validation CE is nan"),
     (["--report", "nowhere"], "cannot read nowhere"),
     (["--init", "nowhere.pt", "--out", "OUT"], "no such file or folder: nowhere.pt"),
     (["--init", "INIT", "--data", "nowhere", "--out", "OUT"], "no such data: nowhere"),
@@ -256,8 +299,12 @@ def test_recomputing_activations_changes_nothing(tiny):
 def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.setenv("TORCH_HOME", str(tiny / "home"))
     save_checkpoint(GPT(GPTConfig(16, 13, 1, 1, 8)), tmp_path / "odd.pt")
+    broken = load_checkpoint(tiny / "init.pt")
+    with torch.no_grad():
+        broken.ln_f.bias[0] = math.nan
+    save_checkpoint(broken, tmp_path / "broken.pt")
     names = {"INIT": tiny / "init.pt", "TEXT": tiny / "text.txt", "WHOLE": finished[0], "ODD": tmp_path / "odd.pt",
-             "OUT": tmp_path / "out"}
+             "BROKEN": tmp_path / "broken.pt", "OUT": tmp_path / "out"}
     args = ["/".join(str(names.get(part, part)) for part in arg.split("/")) if arg[0] != "/" else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     with pytest.raises(SystemExit) as stop:
@@ -265,7 +312,36 @@ def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and message in errors
     assert len(errors.partition("error:")[2].strip().splitlines()) <= 3
-    assert not any((tmp_path / "out").glob("*"))    # nothing half-written
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"args.json"}    # nothing half-written
+
+
+def test_a_step_that_would_break_the_weights_is_not_made(tiny, tmp_path, monkeypatch, capsys):
+    norms = iter([1.0] * 7 + [math.inf])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    with pytest.raises(SystemExit) as stop:
+        here(tiny, *options(tiny, tmp_path / "run", "--tau", "5"))
+    assert stop.value.code == 2 and "its gradient inf at step 7\nstart anew" in capsys.readouterr().err
+    weights = load_checkpoint(tmp_path / "run" / "last.pt").state_dict()
+    assert all(t.isfinite().all() for t in weights.values()) and len(log(tmp_path / "run")) == 2
+
+
+def test_another_number_of_processes_is_refused(tiny, finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args | {"processes": 2}))
+    with pytest.raises(SystemExit) as stop:
+        here(tiny, "--resume", tmp_path / "run")
+    assert stop.value.code == 2 and "was started by 2 processes, these are 1" in capsys.readouterr().err
+
+
+def test_a_sparse_model_goes_on_with_its_own_gates(tiny, capsys):
+    model = load_checkpoint(tiny / "init.pt", gated=True, gate_bias=0.0)
+    save_checkpoint(model, tiny / "sparse.pt")
+    here(tiny, *options(tiny, tiny / "again", "--steps", "1", "--tau", "5"), "--init", tiny / "sparse.pt")
+    args, rows = json.loads((tiny / "again" / "args.json").read_text()), log(tiny / "again")
+    assert 0.3 < args["base_active"] < 1 and rows[0]["active"] == pytest.approx(args["base_active"])
+    assert load_checkpoint(tiny / "again" / "last.pt").config.gate_bias == 0.0
+    assert "has gates already" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the texts lie beside the checkout in development only")
