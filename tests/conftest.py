@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))    # the modules lie beside tests/, there is no package
 
@@ -11,18 +10,3 @@ sys.path.insert(0, str(Path(__file__).parent.parent))    # the modules lie besid
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-class Watch(TorchDispatchMode):
-    """Calls look(t) with every tensor t that an operation inside returns."""
-
-    def __init__(self, look):
-        super().__init__()
-        self.look = look
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(t, torch.Tensor):
-                self.look(t)
-        return result

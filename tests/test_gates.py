@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gates
-from conftest import Watch
 from gates import draw_words, edge_noise, reference_sparse_attention, sample_gates, sparse_attention
+from watch import Watch
 
 ATTENTIONS = [reference_sparse_attention, sparse_attention]
 OPEN = 100.0    # a gate bias at which sigmoid is 1 even in float64's last digits

@@ -57,7 +57,8 @@ def test_it_starts_as_the_model_that_it_adapts():
 
 def linear_bytes(model):
     """Of all that is in a linear layer, without adapters."""
-    return sum(p.nbytes for module in model.modules() if isinstance(module, torch.nn.Linear) for p in module.parameters())
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return sum(p.nbytes for module in linear for p in module.parameters())
 
 
 def test_frozen_weights_in_bfloat16_take_half_the_memory():

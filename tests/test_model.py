@@ -6,10 +6,10 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import Watch
 from extras import files
 from extras.files import UserError
 from model import GPT, GPTConfig, cross_entropy, load_checkpoint, save_checkpoint
+from watch import Watch
 
 TINY = dict(block_size=12, vocab_size=31, n_layer=2, n_head=3, n_embd=24)
 CONFIG_JSON = {"model_type": "gpt2", "n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 12, "vocab_size": 31,

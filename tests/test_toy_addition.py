@@ -102,8 +102,8 @@ def test_training_samples_gates_whatever_mode_the_model_was_in():
     idx, targets = toy.addition_data()
     active = []
     for mode in (True, False):
-        model = GPT(toy.toy_config(gated=True, gate_bias=0.0), generator=torch.Generator().manual_seed(0)).train(mode)
-        history = toy.train(model, idx, targets, 3, 1e-3, geco=toy.toy_geco(0.1), eval_every=3)
+        model = GPT(toy.toy_config(gated=True, gate_bias=0.0), generator=torch.Generator().manual_seed(0))
+        history = toy.train(model.train(mode), idx, targets, 3, 1e-3, geco=toy.toy_geco(0.1), eval_every=3)
         active.append([row["expected"] for row in history])
         assert model.training
         toy.evaluate(model.eval(), idx[:8], targets[:8])
@@ -135,7 +135,8 @@ def test_the_carry_edge_is_found_and_counted(inverted, layout, tens):
             return maps
 
     train_rows, held_out = toy.split()
-    edge, with_carry, without = toy.find_carry_edge(Known(toy.toy_config(layout, gated=True)), idx, train_rows, held_out)
+    model = Known(toy.toy_config(layout, gated=True))
+    edge, with_carry, without = toy.find_carry_edge(model, idx, train_rows, held_out)
     assert (edge, with_carry, without) == ((1, 0, 6), float(not inverted), float(inverted))
 
 
@@ -144,12 +145,12 @@ def test_a_minute_of_training_becomes_sparse():
     idx, targets = toy.addition_data()
     train_rows, held_out = toy.split()
     dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(0))
-    toy.train(dense, idx[train_rows], targets[train_rows], 1500, 3e-3, batch_size=128)
+    toy.train(dense, idx[train_rows], targets[train_rows], 1200, 3e-3, batch_size=128)
     assert toy.evaluate(dense, idx[held_out], targets[held_out])["accuracy"] > 0.99
     sparse = GPT(toy.toy_config(gated=True))
     sparse.load_state_dict(dense.state_dict())
     start = toy.evaluate(sparse, idx[held_out], targets[held_out])["active"]
-    history = toy.train(sparse, idx[train_rows], targets[train_rows], 1000, 2e-3, eval_every=50,
+    history = toy.train(sparse, idx[train_rows], targets[train_rows], 1000, 2e-3, eval_every=100,
                         geco=toy.toy_geco(0.05))
     found = toy.evaluate(sparse, idx[held_out], targets[held_out])
     assert found["active"] < 0.4 * 180 < start and found["accuracy"] > 0.99

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import train
+from extras import report
 from extras.files import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
@@ -62,7 +63,7 @@ def go(tiny, *args, **kwargs):
     return output
 
 
-def here(tiny, *args):
+def here(tiny, *args, pictures=False):
     """The same in this process, which is quicker; as there, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -70,6 +71,8 @@ def here(tiny, *args):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py", *map(str, args)])
             patch.setenv("TORCH_HOME", str(tiny / "home"))
+            for name in () if pictures else ("draw_curve", "draw_heads", "draw_attention"):
+                patch.setattr(report, name, lambda *_, **__: None)
             train.main()
     finally:
         torch.set_num_threads(threads)
@@ -84,7 +87,7 @@ def log(out):
 def finished(tiny):
     """A whole run, and what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        here(tiny, *options(tiny, tiny / "whole", "--tau", "5"))
+        here(tiny, *options(tiny, tiny / "whole", "--tau", "5"), pictures=True)
     return tiny / "whole", output.getvalue()
 
 
@@ -227,13 +230,13 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
     here(tiny, *scratch, "--dense-steps", "20", "--steps", "10", "--out", sparse)
     assert len(log(sparse / "dense")) == 3
     here(tiny, "--init", sparse / "dense" / "last.pt", "--data", "stdlib", "--dense", "--steps", "10",
-         "--eval-windows", "8", "--batch-size", "4", "--grad-accum", "1", "--lr", "0.001", "--device", "cpu", "--out", control)
+         "--eval-windows", "8", "--batch-size", "4", "--grad-accum", "1", "--lr", "0.001",
+         "--device", "cpu", "--out", control)
     theirs = json.loads((control / "summary.json").read_text())
     assert theirs["control_ce"] == log(control)[-1]["val_ce"] and theirs["sparse_ce"] is None
     before = (sparse / "log.csv").read_text()
-    (sparse / "curve.png").unlink()
     capsys.readouterr()
-    here(tiny, "--report", sparse, "--control", control)
+    here(tiny, "--report", sparse, "--control", control, pictures=True)
     output = capsys.readouterr().out
     assert (sparse / "log.csv").read_text() == before and (sparse / "curve.png").exists()
     assert f"dense control{log(control)[-1]['val_ce']:16.4f}" in output
@@ -349,6 +352,6 @@ def test_real_text_in_gpt2_tokens(tiny, monkeypatch, capsys):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
     here(tiny, "--init", "scratch", "--data", SHARED / "text", "--layers", "1", "--heads", "1", "--width", "8",
          "--block-size", "32", "--batch-size", "4", "--dense-steps", "4", "--steps", "2", "--eval-windows", "4",
-         "--out", tiny / "real", "--device", "cpu")
+         "--out", tiny / "real", "--device", "cpu", pictures=True)
     assert "3,705,151 training and 123,359 validation tokens" in capsys.readouterr().out
     assert (tiny / "real" / "attention.png").exists()
