@@ -14,7 +14,6 @@ token; edges are shares of the allowed ones.
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed is the run that was not.
 """
-import argparse
 import copy
 import csv
 import math
@@ -33,19 +32,15 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from extras.data import is_name, load
+from extras.data import load
 from extras.encodings import byte_encoding, encoding_of, gpt2_encoding
-from extras.files import (GPT2_SHA256, UserError, between, make_folder, read_json, read_weights, replacing,
-                          write_json)
+from extras.files import UserError, read_weights, replacing, write_json
 from extras.lora import add_adapters
+from extras.options import parse, settle
 from extras.place import Place
 from extras.report import best_row, check_control, report
 from geco import Geco
 from model import GPT, GPTConfig, allowed_edges, save_checkpoint, sum_over_parts
-
-SCRATCH = {"block-size": 128, "layers": 4, "heads": 4, "width": 128, "batch-size": 8, "grad-accum": 1,
-           "dense-steps": 4000, "dense-lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval-windows": 320, "eval-every": 200}
-SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 
 
 # ---- Data
@@ -290,90 +285,13 @@ def run(args):
         dist.destroy_process_group()
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
 def main():
-    parser = argparse.ArgumentParser(usage="python train.py --tau 3.3 [options]    (--help lists them)",
-                                     description=__doc__.partition("\n\n")[0],
-                                     formatter_class=Help)
-    option = parser.add_argument
-    option("--tau", type=between(float, 1e-6, 100.0), help="target of the training CE, nats per token; without it: "
-           "the untouched model's validation CE + 0.05")
-    option("--init", default="gpt2", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, "
-           "or scratch")
-    option("--data", default="openwebtext", help="openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib, or a path: "
-           "a .txt, a folder of them, or a .bin of tokens")
-    option("--out", help="folder of the run; default: runs/ and the name of --init, -dense for a control")
-    option("--resume", metavar="RUN", help="go on with the run in this folder, with its own options")
-    option("--report", metavar="RUN", help="only draw and print the report of this run")
-    option("--control", metavar="RUN", help="a --dense run, for the report's table")
-    count = between(int, 1, 10**9)
-    option("--steps", type=count, default=5000, help="steps of sparse (or, with --dense, dense) training")
-    option("--batch-size", type=count, default=16, help="sequences per forward pass and process")
-    option("--grad-accum", type=count, default=4, help="forward passes per step")
-    option("--block-size", type=count, help="positions, at most the model's own (the default)")
-    option("--lr", type=between(float, 1e-9, 1.0), default=1e-4, help="peak learning rate")
-    option("--warmup", type=count, default=100, help="steps until the peak")
-    option("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
-    option("--weight-decay", type=between(float, 0.0, 10.0), default=0.01, help="of AdamW")
-    option("--gate-bias", type=between(float, 0.0, 100.0),
-           help="b: how far open the gates start; default: 2, or that of a checkpoint of ours")
-    option("--rate", type=between(float, 1e-9, 100.0), default=0.05, help="kappa of GECO: how fast lam answers")
-    option("--decay", type=between(float, 0.0, 0.9999), default=0.9, help="alpha of GECO: how long Cbar remembers")
-    option("--distill", type=between(float, 0.0, 1000.0), default=0.0,
-           help="weight of KL(untouched || sparse) beside the CE: both times lambda")
-    option("--lora-rank", type=between(int, 0, 10**4), default=0,
-           help="train adapters of this rank on q and k, not the weights; 0: off")
-    option("--lora-all", action="store_true", help="adapters on every linear layer")
-    option("--dense", action="store_true", help="the control: the same steps on the same data without gates")
-    option("--dtype", choices=("float32", "bfloat16"), help="of the forward pass: bfloat16 on cuda, else float32")
-    option("--compile", action="store_true", help="torch.compile the model")
-    option("--recompute", action="store_true",
-           help="keep no activations inside a block: less memory, a third more time")
-    option("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
-    option("--seed", type=between(int, 0, 10**9), default=0, help="of initial weights, batches and gates")
-    option("--eval-every", type=count, default=100, help="steps between evaluations")
-    option("--eval-windows", type=count, default=128, help="sequences of the validation split they read")
-    scratch = parser.add_argument_group("with --init scratch", "other defaults there: " + ", ".join(
-        f"--{name} {value}" for name, value in SCRATCH.items()))
-    for name in ("layers", "heads", "width", "dense-steps"):
-        scratch.add_argument(f"--{name}", type=count, metavar="N", default=argparse.SUPPRESS, help="of the small GPT")
-    scratch.add_argument("--dense-lr", type=between(float, 1e-9, 1.0), default=argparse.SUPPRESS,
-                         help="of its training")
-    args, _ = parser.parse_known_args()
-    if args.init == "scratch":
-        parser.set_defaults(**{key.replace("-", "_"): value for key, value in SCRATCH.items()})
-    args = parser.parse_args()
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    parser, args = parse(__doc__.partition("\n\n")[0])
     try:
         if args.report:
             report(args.report, args.control)
-            return
-        if args.resume and given != {"resume"}:
-            raise UserError("--resume goes on with the options of its run\nleave the others out")
-        if args.lora_all and not args.lora_rank or args.init != "scratch" and given & SCRATCH_ONLY:
-            raise UserError("--lora-all needs --lora-rank; " + ", ".join(
-                f"--{name.replace('_', '-')}" for name in sorted(SCRATCH_ONLY)) + " need --init scratch")
-        if args.resume:
-            args = argparse.Namespace(**read_json(os.path.join(args.resume, "args.json")) | {"out": args.resume})
         else:
-            if args.dense and (args.tau or args.distill):
-                raise UserError("--dense is the control: it has no constraint\nleave --tau and --distill out")
-            base = os.path.basename(os.path.normpath(args.init)).removesuffix(".pt")
-            args.out = args.out or f"runs/{base}{'-dense' * args.dense}"
-            make_folder(args.out)
-            if os.path.exists(os.path.join(args.out, "args.json")):
-                raise UserError(f"{args.out} holds a run already\n"
-                                f"--resume {args.out} goes on with it, another --out starts anew")
-            names = {"init": args.init in {"scratch", *GPT2_SHA256}, "data": is_name(args.data), "control": False}
-            for name, value in ((name, getattr(args, name)) for name in names if not names[name]):
-                if value and os.path.exists(value):    # --resume and --report may run in another folder
-                    setattr(args, name, os.path.abspath(value))
-            args.base_ce = args.processes = None
-        run(args)
+            run(settle(parser, args))
     except (UserError, FloatingPointError, OSError) as error:
         parser.error(str(error))
 

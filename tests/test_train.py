@@ -112,7 +112,7 @@ def test_windows_come_once_an_epoch_and_are_shifted_by_one():
 def test_validation_against_a_loop(tiny):
     model = load_checkpoint(tiny / "init.pt", gated=True, gate_bias=0.0)
     tokens = np.random.default_rng(1).integers(0, 257, 16 * 7 + 1).astype(np.uint16)
-    args = train.argparse.Namespace(block_size=16, eval_windows=100, batch_size=3)
+    args = argparse.Namespace(block_size=16, eval_windows=100, batch_size=3)
     model.train()
     ce, active = train.evaluate(model, tokens, train.Place("cpu", None), args)
     assert model.training                           # left as it was
