@@ -117,15 +117,15 @@ def training_steps(device):
 
 def patching_times(device, pairs=100, length=16):
     """Print what patching.py's two workhorses cost on GPT-2's shape, beside the passes that they cannot do without."""
-    model, repeats = GPT(GPTConfig()).to(device).eval(), 3
+    model = GPT(GPTConfig()).to(device).eval()
     clean, corrupt = torch.randint(50257, (2, pairs, length), generator=torch.Generator().manual_seed(0))
 
     def metric(logits):
         return logits[:, -1, 0]
 
-    def products(n):
-        """What edge_scores must form for n pairs: every source's output, and its product with every gradient."""
-        differences = source_differences(model, *seen)[:n]
+    def products():
+        """What edge_scores must form: every source's output, and its product with every gradient."""
+        differences = source_differences(model, *seen)
         grads = differences.transpose(0, 1)    # as many destinations as sources
         for first in range(0, len(grads), model.config.n_head + 1):    # the heads of a layer, and its MLP
             for group in (grads[first:first + model.config.n_head], grads[first + model.config.n_head:][:1]):
@@ -134,10 +134,12 @@ def patching_times(device, pairs=100, length=16):
     batch = slice(0, 25)
     with torch.no_grad():
         seen = [run(model, tokens[batch])[1] for tokens in (clean, corrupt)]
-        forward = alternate({"": lambda: model(clean.to(device))}, device, repeats)[""]
-        formed = alternate({"": lambda: products(25)}, device, repeats)[""]
-    both = alternate({"": lambda: metric(model(clean[batch].to(device)).logits).sum().backward()}, device, repeats)[""]
-    edges = alternate({"": lambda: edge_scores(model, clean[batch], corrupt[batch], metric)}, device, repeats)[""]
+    forward, formed, both, edges = alternate({
+        "forward": torch.no_grad()(lambda: model(clean.to(device))),
+        "products": torch.no_grad()(products),
+        "forward and backward": lambda: metric(model(clean[batch].to(device)).logits).sum().backward(),
+        "edge_scores": lambda: edge_scores(model, clean[batch], corrupt[batch], metric),
+    }, device, repeats=3).values()
     heads = seconds(lambda: head_scores(model, clean, corrupt, metric), device)
     L, H = model.config.n_layer, model.config.n_head
     print(f"head_scores, {pairs} pairs of {length} tokens: {heads:.1f} s, {heads / (L * H * forward):.2f} times its "

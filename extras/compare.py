@@ -49,7 +49,7 @@ def both_metrics(model, clean, corrupt, metric):
 
 def measure(model, pairs, seed):
     """All that is shown of one model, on pairs that have an effect, as {what: number, list or tensor}."""
-    config, N, found = model.config, len(pairs[0]), {}
+    config, found = model.config, {}
     m_clean, m_corrupt = batched(both_metrics, model, pairs).T
     effect = m_clean - m_corrupt
     heads = batched(head_scores, model, pairs)                                    # (N,L,H)

@@ -34,19 +34,17 @@ OFFLINE = ("without network: --data PATH (a .txt, a folder of them, a .bin of to
            "python train.py --init scratch --data stdlib")
 HELD_OUT = 20       # one document in 20 is for validation
 SHARD_MAGIC = 20240520
-
-
-NAMES = r"stdlib|fineweb(?:-(\d+))?|openwebtext(?:-(\d+|10k))?"
+FINEWEB_NAME, OPENWEBTEXT_NAME = r"fineweb(?:-(\d+))?", r"openwebtext(?:-(\d+|10k))?"
 
 
 def is_name(source):
-    return re.fullmatch(NAMES, source) is not None
+    return re.fullmatch(f"stdlib|{FINEWEB_NAME}|{OPENWEBTEXT_NAME}", source) is not None
 
 
 def load(source, encoding):
     """Tokens of the training and of the validation split, two memory-mapped arrays of whole documents."""
     cache = Path(torch.hub.get_dir(), "sparse-attention-data")
-    if match := re.fullmatch(r"fineweb(?:-(\d+))?", source):
+    if match := re.fullmatch(FINEWEB_NAME, source):
         train = download(FINEWEB.format("train", int(match[1] or 1)), cache)
         return read_tokens(train, encoding), read_tokens(download(FINEWEB.format("val", 0), cache), encoding)
     if source.endswith(".bin"):
@@ -58,7 +56,7 @@ def load(source, encoding):
 
     if source == "stdlib":
         documents, key = docstrings, f"stdlib-{sys.version_info.major}.{sys.version_info.minor}"
-    elif match := re.fullmatch(r"openwebtext(?:-(\d+|10k))?", source):
+    elif match := re.fullmatch(OPENWEBTEXT_NAME, source):
         url = OPENWEBTEXT_10K if match[1] == "10k" else OPENWEBTEXT.format(int(match[1] or 0))
         archive = download(url, cache)
         documents, key = lambda: archived_texts(archive), archive.name.partition(".")[0]

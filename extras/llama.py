@@ -134,12 +134,12 @@ class Llama(GPT):
         refuse_unknown(hf, path)
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         H, tied = hf["num_attention_heads"], hf.get("tie_word_embeddings", False)
-        norm = NORMS[hf["architectures"][0]]
+        kind = NORMS[hf["architectures"][0]]
         fields = dict(
             block_size=hf["max_position_embeddings"], vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"],
             n_head=H, n_embd=hf["hidden_size"], n_kv_head=hf.get("num_key_value_heads") or H,
-            n_hidden=hf["intermediate_size"], norm=norm,
-            norm_eps=hf.get("rms_norm_eps", 1e-6) if norm == "rms" else 1e-5,
+            n_hidden=hf["intermediate_size"], norm=kind,
+            norm_eps=hf.get("rms_norm_eps", 1e-6) if kind == "rms" else 1e-5,
             rope_theta=float(hf.get("rope_theta") or rope.get("rope_theta") or 10000), tied=tied,
             rope_scaling=rope if rope_type(rope) == "llama3" else None)
         found = {}

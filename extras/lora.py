@@ -55,5 +55,5 @@ def merged(tensors):
             if f"{at}.linear.{kind}" in plain:
                 plain[f"{at}.{kind}"] = plain.pop(f"{at}.linear.{kind}").float()
         change = tensors[f"{at}.b"].float() @ tensors[f"{at}.a"].float()
-        plain[f"{at}.weight"][:len(change)] += change.to(plain[f"{at}.weight"].device)
+        plain[f"{at}.weight"][:len(change)] += change
     return plain
