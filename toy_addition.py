@@ -146,12 +146,12 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
     return history
 
 
-def toy_geco(tau):
+def toy_geco(tau, rate=0.01):
     """Edges are a share here: at lam = 1, an edge is worth 1 / allowed_edges nats. The rate is per tau, lest a small
     tau be slow; the gain damps: where the loss stays tau too high, it triples lam within about 40 steps. The range
     keeps both ways short.
     """
-    return Geco(tau, rate=0.01 / tau, decay=0.95, lam_range=(0.01, 3.0), gain=1 / tau)
+    return Geco(tau, rate=rate / tau, decay=0.95, lam_range=(0.01, 3.0), gain=1 / tau)
 
 
 def find_carry_edge(model, idx, train_rows, held_out):
@@ -207,13 +207,13 @@ def run(args):
     dense_history = train(dense, *known, args.dense_steps, lr=3e-3, seed=args.seed, batch_size=128)
     sparse = GPT(dataclasses.replace(config, gated=True, gate_bias=args.gate_bias))
     sparse.load_state_dict(dense.state_dict())
-    sparse_history = train(sparse, *known, args.steps, lr=1e-3, seed=args.seed, geco=toy_geco(args.tau))
+    sparse_history = train(sparse, *known, args.steps, lr=1e-3, seed=args.seed, geco=toy_geco(args.tau, args.rate))
 
     models = {"dense": dense, "sparse": sparse}
     found = {name: evaluate(model, idx[held_out], targets[held_out]) for name, model in models.items()}
     (layer, head, key), with_carry, without = find_carry_edge(sparse, idx, train_rows, held_out)
     summary = {
-        "seed": args.seed, "layout": args.layout, "tau": args.tau, "gate_bias": args.gate_bias,
+        "seed": args.seed, "layout": args.layout, "tau": args.tau, "gate_bias": args.gate_bias, "rate": args.rate,
         "dense_accuracy": found["dense"]["accuracy"], "sparse_accuracy": found["sparse"]["accuracy"],
         "dense_ce": found["dense"]["hard_ce"], "sparse_ce": found["sparse"]["hard_ce"],
         "active_edges_per_example": found["sparse"]["active"], "allowed_edges": allowed_edges(config),
@@ -249,6 +249,7 @@ def main():
         ("--out", str, "runs/addition", "folder for pictures, checkpoints and summary.json"),
         ("--tau", between(float, 1e-6, 10.0), 0.015, "target cross-entropy, nats per answer digit"),
         ("--gate-bias", between(float, 0, 100.0), 2.0, "b: how far open the gates start"),
+        ("--rate", between(float, 1e-6, 10.0), 0.01, "tau times kappa: how fast lambda answers"),
         ("--dense-steps", between(int, 1, 10**7), 2500, "training steps without gates"),
         ("--steps", between(int, 1, 10**7), 23_000, "training steps with gates"),
     ):

@@ -275,7 +275,7 @@ def run(args):
     if args.lora_rank:
         add_adapters(model, args.lora_rank, args.lora_all, place.dtype, torch.Generator().manual_seed(args.seed))
     if not args.dense:
-        geco = Geco(args.tau, rate=args.rate, decay=args.decay)
+        geco = Geco(args.tau, min(1.0, args.lam_max), args.rate, args.decay, lam_range=(1e-3, args.lam_max))
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
     if place.device.type == "cuda":
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

@@ -47,10 +47,10 @@ def both_metrics(model, clean, corrupt, metric):
     return torch.stack([metric(run(model, tokens)[0]) for tokens in (clean, corrupt)], 1)
 
 
-def measure(model, pairs, seed):
-    """All that is shown of one model, on pairs that have an effect, as {what: number, list or tensor}."""
+def measure(model, pairs, m_clean, m_corrupt, seed):
+    """All that is shown of one model, on pairs that have an effect, as {what: number, list or tensor}.
+    m_clean, m_corrupt (N): the metric of the plain runs."""
     config, found = model.config, {}
-    m_clean, m_corrupt = batched(both_metrics, model, pairs).T
     effect = m_clean - m_corrupt
     heads = batched(head_scores, model, pairs)                                    # (N,L,H)
     edges = {"off": batched(edge_scores, model, pairs)}                           # (N,S,S), gate gradient off
@@ -137,15 +137,16 @@ def compare(args):
           f"{config.n_head} heads, {len(edge_names(config)):,} edges, {args.device}, seed {args.seed}, "
           f"output in {args.out}")
     found, notes, usable = {}, [], torch.ones(args.pairs, dtype=torch.bool)
-    for name, model in models.items():
-        m_clean, m_corrupt = batched(both_metrics, model, pairs).T
+    metrics = {name: batched(both_metrics, model, pairs).T for name, model in models.items()}    # (2,N) each
+    for name, (m_clean, m_corrupt) in metrics.items():
         small = m_clean - m_corrupt < USABLE
         usable &= ~small
         accuracy = (m_clean > 0).double().mean().item()
         found[name] = {"metric, clean": m_clean.mean().item(), "metric, corrupted": m_corrupt.mean().item(),
                        "accuracy, clean": accuracy, "accuracy, corrupted": (m_corrupt > 0).double().mean().item(),
                        "pairs skipped": int(small.sum())}
-        gates = f"gates with b = {model.config.gate_bias}" if model.config.gated else "no gates"
+        own = models[name].config
+        gates = f"gates with b = {own.gate_bias}" if own.gated else "no gates"
         notes.append(f"{name}: {getattr(args, name)}, {gates}; {small.sum()} pairs skipped, where "
                      f"m(clean) - m(corrupt) < {USABLE}")
         if accuracy < FAILS:
@@ -156,7 +157,7 @@ def compare(args):
                         f"too small in {found['dense']['pairs skipped']} (dense) and "
                         f"{found['sparse']['pairs skipped']} (sparse) of {args.pairs}: they do not do this task")
     for name, model in models.items():
-        found[name] |= measure(model, select(*pairs, usable), args.seed)
+        found[name] |= measure(model, select(*pairs, usable), *metrics[name][:, usable], args.seed)
     print_table(found)
     print("\n".join(notes))
 

@@ -71,8 +71,8 @@ def draw_training(dense, sparse, tau, path):
     edges.semilogy(steps, [row["expected"] for row in sparse], "C0", lw=0.8, label="expected: sum of sigmoid(g)")
     edges.semilogy(at, [row["active"] for row in evaluated], "k", lw=1.2, label="active, hard gates")
     edges.set(ylabel="edges per sum", xlabel="step (0: the gates are switched on)")
-    for ax in (ce, edges):
-        ax.legend(fontsize=8)
+    ce.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2)
+    edges.legend(fontsize=8)
     save(figure, path)
 
 
@@ -160,6 +160,47 @@ def draw_circuits(circuits, L, H, total, title, path):
         ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
         ax.set_yticks(range(L))
     figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_sweeps(results, title, path):
+    """Ablations, a column for each: {what: {value: [(active share, CE above dense, ...) of each seed]}}."""
+    figure, axes = plt.subplots(2, len(results), squeeze=False, sharex="col", layout="constrained",
+                                figsize=(1.5 + 2.9 * len(results), 6))
+    for column, (what, found) in zip(axes.T, results.items()):
+        for ax, n, unit in zip(column, (0, 1), (100, 1)):
+            seeds = [[unit * outcome[n] for outcome in outcomes] for outcomes in found.values()]
+            mean = [np.mean(values) for values in seeds]
+            ax.vlines(range(len(seeds)), [min(v) for v in seeds], [max(v) for v in seeds], color="0.6", lw=5)
+            ax.plot(mean, "-o", color="black", label="mean; bar: range of the seeds")
+            ax.set_ylim(bottom=0)
+            ax.margins(x=0.15)
+        column[0].set_title(what, fontsize=10)
+        column[1].set_xticks(range(len(found)), found)
+        column[1].set_xlabel("value")
+    axes[0, 0].set_ylabel("active edges (% of the allowed)")
+    axes[1, 0].set_ylabel("cross-entropy above dense (nats)")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_distance(found, path):
+    """CE against the context shown and against the distance to copy from, as extras/distance.py finds them."""
+    about = {"context": ("only the last c tokens are shown", "context c (tokens)"),
+             "copy": ("a text that was shown d tokens before", "distance d (tokens)")}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for ax, (question, models) in zip(axes, found.items()):
+        for name, of_length in models.items():
+            ax.errorbar(list(of_length), [ce for ce, _ in of_length.values()], [e for _, e in of_length.values()],
+                        label=name, capsize=2, **STYLES[name] | dict(ms=4))
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(list(of_length), [str(n) for n in of_length])
+        ax.set(title=about[question][0], xlabel=about[question][1])
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("cross-entropy (nats per token)")
+    axes[0].legend()
+    figure.suptitle("What far tokens are worth, dense beside sparse; bars: standard error")
     save(figure, path)
 
 

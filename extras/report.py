@@ -1,5 +1,6 @@
 """The report of a run of train.py: a table, summary.json and three pictures (Figure 2)."""
 import argparse
+import csv
 import os
 
 import numpy as np
@@ -7,11 +8,25 @@ import torch
 
 from extras.encodings import encoding_of
 from extras.figures import draw_attention, draw_curve, draw_heads
-from extras.files import UserError, read_json, read_weights, write_json
+from extras.files import UserError, first_line, read_json, write_json
 from model import GPT, allowed_edges
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
+
+
+def read_log(run):
+    """The evaluations in a run's log.csv, first to last, each a dict of numbers."""
+    path = os.path.join(run, "log.csv")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{name: int(x) if name in ("step", "tokens") else float(x) for name, x in row.items()}
+                    for row in csv.DictReader(file)]
+        if not rows:
+            raise ValueError("it holds no evaluation yet")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}\n{first_line(error)}") from error
+    return rows
 
 
 def best_row(rows, tau):
@@ -26,7 +41,7 @@ SHARED = ("data", "steps", "seed", "block_size", "batch_size", "grad_accum", "pr
 def check_control(args, control):
     """The last row of a finished --dense run that differs from ours in nothing else, or a UserError."""
     theirs = argparse.Namespace(**read_json(os.path.join(control, "args.json")))
-    row = read_weights(os.path.join(control, "last.pt"))[1]["rows"][-1]
+    row = read_log(control)[-1]
     # (block_size may still be the model's own, and base_ce unmeasured, where ours has just begun)
     differ = [name for name in SHARED if getattr(args, name) not in (None, getattr(theirs, name))]
     if args.base_ce is not None and abs(theirs.base_ce - args.base_ce) > 1e-3:
@@ -43,8 +58,7 @@ def report(out, control=None):
     """Table, summary.json and pictures of the run in `out`, from its files and those of the model it started from.
     control: a --dense run's folder; without one, that of the run's own --control."""
     args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
-    _, state = read_weights(os.path.join(out, "last.pt"))
-    rows = state["rows"]
+    rows = read_log(out)
     init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
     base = GPT.from_pretrained(init, block_size=args.block_size)
     edges_per_token = allowed_edges(base.config) / args.block_size

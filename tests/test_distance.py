@@ -1,0 +1,81 @@
+"""extras/distance.py against a loop over single tokens, and on a model whose memory is known."""
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from extras import distance
+from model import GPT, GPTConfig, save_checkpoint
+
+
+def test_losses_and_rows_by_hand():
+    model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=1, n_head=2, n_embd=8, gated=True),
+                generator=torch.Generator().manual_seed(0)).eval()
+    tokens = np.random.default_rng(0).integers(0, 11, 60).astype(np.uint16)
+    ends = np.array([20, 33, 59])
+    for n in (2, 4):
+        by_context, by_copy = [], []
+        for end in ends.tolist():
+            shown = torch.from_numpy(tokens[end - n:end].astype(np.int64))
+            log_p = model(shown[None]).logits[0, -1].log_softmax(-1)
+            by_context.append(-log_p[int(tokens[end])].item())
+            twice = torch.cat((shown, shown))
+            log_p = model(twice[None, :-1]).logits[0].log_softmax(-1)
+            by_copy.append(np.mean([-log_p[i - 1, twice[i]].item() for i in range(n + 1, 2 * n)]))
+        for values, rows, count in ((by_context, distance.rows_of_context(tokens, ends, n), 1),
+                                    (by_copy, distance.rows_of_copy(tokens, ends, n), n - 1)):
+            mean, error = distance.losses(model, rows, count)
+            assert mean == pytest.approx(np.mean(values), abs=1e-5)
+            assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), abs=1e-5)
+
+
+class Remembers(torch.nn.Module):
+    """Sure that the next token is the one that came `back` tokens before it, if that was shown."""
+
+    def __init__(self, back):
+        super().__init__()
+        self.back, self.wte = back, torch.nn.Embedding(11, 1)
+
+    def forward(self, idx):
+        logits = torch.zeros(*idx.shape, 11)
+        if idx.shape[1] >= self.back:
+            logits[:, self.back - 1:].scatter_(2, idx[:, :idx.shape[1] - self.back + 1, None], 50.0)
+        return types.SimpleNamespace(logits=logits)
+
+
+def test_a_model_that_remembers_four_back_copies_from_four_back_only():
+    tokens = np.random.default_rng(0).integers(0, 11, 3000)
+    ends = np.arange(100, 2900, 28)
+    ce = {d: distance.losses(Remembers(4), distance.rows_of_copy(tokens, ends, d), d - 1)[0] for d in (2, 4, 8)}
+    assert ce[4] == pytest.approx(0, abs=1e-6) and ce[8] > 10 and ce[2] == pytest.approx(math.log(11), abs=1e-6)
+    periodic = np.tile([1, 5, 7, 2], 750)
+    ce = {c: distance.losses(Remembers(4), distance.rows_of_context(periodic, ends, c), 1)[0] for c in (2, 4, 8)}
+    assert ce[2] == pytest.approx(math.log(11)) and ce[4] == ce[8] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("\n\n\n".join(f"the cat sat on mat {n} and saw {n} hats" for n in range(400)))
+    for name in ("dense", "sparse"):
+        config = GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=8, gated=name == "sparse")
+        save_checkpoint(GPT(config, generator=torch.Generator().manual_seed(1)), tmp_path / f"{name}.pt")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    arguments = ["distance.py", "--dense", str(tmp_path / "dense.pt"), "--sparse", str(tmp_path / "sparse.pt"),
+                 "--data", str(tmp_path / "text.txt"), "--windows", "8", "--out", str(tmp_path / "out"), "--device",
+                 "cpu"]
+    monkeypatch.setattr("sys.argv", arguments)
+    distance.main()
+    found = json.loads((tmp_path / "out" / "distance.json").read_text())
+    assert [list(found[q]["sparse"]) for q in ("context", "copy")] == [["1", "2", "4", "8", "16"], ["2", "4", "8"]]
+    printed = capsys.readouterr().out
+    for question in ("context", "copy"):
+        for n, (ce, error) in found[question]["dense"].items():
+            assert f"{ce:.3f} +- {error:.3f}" in printed
+    assert (tmp_path / "out" / "distance.png").stat().st_size > 10_000
+    (tmp_path / "text.txt").write_text("a\n\n\nb")
+    monkeypatch.setattr("sys.argv", [*arguments[:-1], "cpu", "--longest", "16"])
+    with pytest.raises(SystemExit) as stopped:
+        distance.main()
+    assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""extras/sweep.py: every run differs in one option, and the table holds what their summaries say."""
+import json
+import statistics
+
+import pytest
+
+from extras import sweep
+
+
+def test_runs_differ_in_one_option_and_share_the_default(tmp_path):
+    for name, (base, option, values) in sweep.SWEEPS.items():
+        found = sweep.commands(name, 2, tmp_path)
+        assert len(found) == 2 * len(values) == len({folder for _, folder in found.values()})
+        for (value, seed), (line, _) in found.items():
+            rest = line.removeprefix(base).removesuffix(f" --seed {seed}")
+            assert rest in ("", f" {option} {value}") and (rest == "") == (f"[{value}]" in values)
+    bias, tau = (set(sweep.commands(name, 2, tmp_path).values()) for name in ("bias", "tau"))
+    assert {line for line, _ in bias & tau} == {f"{sweep.TOY} --seed 0", f"{sweep.TOY} --seed 1"}
+
+
+def test_the_bracketed_values_are_the_defaults(monkeypatch):
+    """What a sweep leaves out must be what the command does without it."""
+    import toy_addition
+    from extras.options import parse
+    seen = []
+    monkeypatch.setattr(toy_addition, "run", seen.append)
+    monkeypatch.setattr("sys.argv", ["toy_addition.py"])
+    toy_addition.main()
+    monkeypatch.setattr("sys.argv", sweep.SMALL_GPT.split())
+    defaults = {sweep.TOY: seen[0], sweep.SMALL_GPT: parse("")[1]}
+    for base, option, values in sweep.SWEEPS.values():
+        value = next(v for v in values if v.startswith("["))
+        assert getattr(defaults[base], option[2:].replace("-", "_")) == float(value.strip("[]"))
+
+
+def test_a_small_sweep(tmp_path, monkeypatch, capsys):
+    """Two values of the bias with the real program; a second call makes no run again."""
+    monkeypatch.setattr(sweep, "SWEEPS", {
+        "bias": ("toy_addition.py --steps 2 --dense-steps 2", "--gate-bias", ("0", "[2]"))})
+    monkeypatch.setattr("sys.argv", ["sweep.py", "bias", "--seeds", "1", "--at-once", "2", "--out", str(tmp_path)])
+    sweep.main()
+    printed = capsys.readouterr().out
+    summaries = {}
+    for path in tmp_path.glob("*/summary.json"):
+        found = json.loads(path.read_text())
+        summaries.setdefault(found["gate_bias"], []).append(found)
+    assert {b: {found["seed"] for found in s} for b, s in summaries.items()} == {0.0: {0}, 2.0: {0}}
+    assert "0.25 (0.20 to 0.30)" == sweep.spread([0.2, 0.3], ".2f")
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][2:]
+    for value, share, loss, right, met in rows:
+        of_value = summaries[float(value)]
+        shares = [100 * s["active_share"] for s in of_value]
+        assert share == f"{statistics.mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
+        assert loss.startswith(f"{statistics.mean(s['sparse_ce'] - s['dense_ce'] for s in of_value):.4f}")
+        assert right.startswith(f"{statistics.mean(100 * s['sparse_accuracy'] for s in of_value):.2f}")
+        assert met == "0 of 1"
+    assert len(rows) == 2 and (tmp_path / "sweep.png").stat().st_size > 10_000
+    monkeypatch.setattr(sweep.subprocess, "run", None)    # a second call finds every run there
+    sweep.main()
+    assert capsys.readouterr().out == printed
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "SWEEPS", {"bias": ("toy_addition.py", "--gate-bias", ("-1", "[2]"))})
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--seeds", "1", "--at-once", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(sweep, "commands", lambda *_: {("-1", 0): ("toy_addition.py --gate-bias=-1",
+                                                                   str(tmp_path / "run"))})
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main()
+    assert stopped.value.code == 2
+    assert "python toy_addition.py --gate-bias=-1 failed\nread " in capsys.readouterr().err
+    assert "is not between 0 and 100.0" in (tmp_path / "run.txt").read_text()
