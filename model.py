@@ -206,9 +206,9 @@ class GPT(nn.Module):
 
     @staticmethod
     def from_layout(tensors, hf, path, n_head=None):
-        """Hugging Face's tensors and config.json -> ours, our config's fields, and notes."""
+        """Hugging Face's tensors and config.json -> ours, and our config's fields."""
         tensors = from_gpt2_layout(tensors, path)
-        return tensors, infer_config(tensors, hf, path, n_head), {}
+        return tensors, infer_config(tensors, hf, path, n_head)
 
     @classmethod
     def from_pretrained(cls, name_or_path, **config_overrides):
@@ -222,18 +222,25 @@ class GPT(nn.Module):
         path = fetch_gpt2(name_or_path) if name_or_path in GPT2_SHA256 else os.fspath(name_or_path)
         tensors, meta = read_weights(path)
         hf = meta.get("config.json", {})
-        if "n_kv_head" in meta.get("config", {}) or hf.get("model_type", "gpt2") != "gpt2":
+        family = (hf.get("architectures") or [hf.get("model_type", "gpt2")])[0]
+        if "n_kv_head" in meta.get("config", {}) or "gpt2" not in family.lower():
             from extras.llama import Llama as cls                    # which builds on this file
         if "config" in meta:                                         # a checkpoint of ours
             fields, notes = meta["config"], {key: value for key, value in meta.items() if isinstance(value, str)}
         else:
-            tensors, fields, notes = cls.from_layout(tensors, hf, path, config_overrides.get("n_head"))
+            tensors, fields = cls.from_layout(tensors, hf, path, config_overrides.get("n_head"))
+            tokenizer = os.path.abspath(os.path.join(path if os.path.isdir(path) else os.path.dirname(path),
+                                                     "tokenizer.json"))
+            notes = {"tokenizer": tokenizer} if os.path.exists(tokenizer) else {}
         known = cls.Config.__dataclass_fields__
         unknown = {**fields, **config_overrides}.keys() - known.keys()
         if unknown:
             raise UserError(f"{path}: {cls.Config.__name__} has no field {', '.join(sorted(unknown))}\n"
                             f"it has {', '.join(known)}")
         config = cls.Config(**{**fields, **config_overrides})
+        if config.block_size > fields["block_size"]:
+            raise UserError(f"{path} reads at most {fields['block_size']} positions, not {config.block_size}\n"
+                            "pass a smaller block_size")
         tensors = {name: t.float() for name, t in tensors.items()}
         if config.block_size < fields["block_size"] and "wpe.weight" in tensors:
             tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size].clone()

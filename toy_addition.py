@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from extras.figures import draw_attention, draw_training
-from extras.files import UserError, between, make_folder, write_json
+from extras.files import UserError, between, make_folder, write_csv, write_json
 from geco import Geco
 from model import GPT, GPTConfig, allowed_edges, save_checkpoint
 
@@ -64,14 +64,15 @@ def toy_config(layout="reversed", **fields):
 
 @torch.no_grad()
 def evaluate(model, idx, targets):
-    """With hard gates: CE in nats per digit, share of sums right in every digit, active edges per sum, and the rows of
-    idx that are wrong."""
+    """With hard gates: CE in nats per digit, share of sums right in every digit, active and expected edges per sum, and
+    the rows of idx that are wrong."""
     was_training = model.training
     out = model.eval()(idx, targets)
     model.train(was_training)
     right = ((out.logits.argmax(-1) == targets) | (targets == -1)).all(1)             # (N)
-    return {"hard_ce": out.loss.item(), "accuracy": right.float().mean().item(),
-            "active": out.active_edges.mean().item() * allowed_edges(model.config), "wrong": (~right).nonzero()[:, 0]}
+    active, expected = (x.mean().item() * allowed_edges(model.config) for x in (out.active_edges, out.expected_edges))
+    return {"hard_ce": out.loss.item(), "accuracy": right.float().mean().item(), "active": active,
+            "kept_expected": expected, "wrong": (~right).nonzero()[:, 0]}
 
 
 def meets_constraint(found, tau):
@@ -218,6 +219,7 @@ def run(args):
         "dense_ce": found["dense"]["hard_ce"], "sparse_ce": found["sparse"]["hard_ce"],
         "active_edges_per_example": found["sparse"]["active"], "allowed_edges": allowed_edges(config),
         "active_share": found["sparse"]["active"] / allowed_edges(config),
+        "expected_edges_per_example": found["sparse"]["kept_expected"],
         "carry_edge": f"layer {layer}, head {head}, tens slot to position {key}",
         "constraint_met": any("hard_ce" in row and meets_constraint(row, args.tau) for row in sparse_history),
         "carry_edge_with_carry": with_carry, "carry_edge_without_carry": without,
@@ -226,6 +228,7 @@ def run(args):
         save_checkpoint(model, os.path.join(args.out, f"{name}.pt"), layout=args.layout)
     draw_attention(attention_rows(models, args.layout), config.causal, "Two-digit addition: where each position reads "
                    "from, dense beside sparse attention", os.path.join(args.out, "addition.png"))
+    write_csv(os.path.join(args.out, "log.csv"), [row for row in sparse_history if "hard_ce" in row])
     draw_training(dense_history, sparse_history, args.tau, os.path.join(args.out, "training.png"))
     summary["seconds"] = round(time.time() - started, 1)
     write_json(os.path.join(args.out, "summary.json"), summary)

@@ -15,7 +15,6 @@ Nothing random has a state that outlives a step: the batches of step n follow fr
 (seed, n, rank). So a run that was killed and resumed is the run that was not.
 """
 import copy
-import csv
 import math
 import os
 import signal
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from extras.data import load
 from extras.encodings import byte_encoding, encoding_of, gpt2_encoding
-from extras.files import UserError, read_weights, replacing, write_json
+from extras.files import UserError, read_weights, write_csv, write_json
 from extras.lora import add_adapters
 from extras.options import parse, settle
 from extras.place import Place
@@ -85,13 +84,6 @@ def evaluate(model, tokens, place, args):
         active = active + out.active_edges.cpu().double() * len(part) / len(starts)
     model.train(model_was_training)
     return ce, active
-
-
-def write_csv(path, rows):
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
@@ -231,6 +223,8 @@ def run(args):
         base = GPT(GPTConfig(args.block_size, encoding.n_vocab, args.layers, args.heads, args.width),
                    generator=torch.Generator().manual_seed(args.seed))
     config, args.block_size = base.config, base.config.block_size
+    if args.lora_rank:    # before it goes to the device: frozen weights take half the memory there
+        add_adapters(base, args.lora_rank, args.lora_all, place.dtype, torch.Generator().manual_seed(args.seed))
     base.to(place.device)
     T, tokens_per_step = args.block_size, args.block_size * args.batch_size * args.grad_accum * place.size
     if min(len(tokens) for tokens in data) <= T:
@@ -272,8 +266,6 @@ def run(args):
     config.gated = not args.dense    # the gates have no parameters: the rest stays
     if args.gate_bias is not None:
         config.gate_bias = args.gate_bias
-    if args.lora_rank:
-        add_adapters(model, args.lora_rank, args.lora_all, place.dtype, torch.Generator().manual_seed(args.seed))
     if not args.dense:
         geco = Geco(args.tau, min(1.0, args.lam_max), args.rate, args.decay, lam_range=(1e-3, args.lam_max))
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
@@ -288,10 +280,11 @@ def run(args):
 def main():
     parser, args = parse(__doc__.partition("\n\n")[0])
     try:
+        args = settle(parser, args)
         if args.report:
             report(args.report, args.control)
         else:
-            run(settle(parser, args))
+            run(args)
     except (UserError, FloatingPointError, OSError) as error:
         parser.error(str(error))
 

@@ -1,4 +1,4 @@
-"""7. An edge's score from gradients, the true effect, and the hard gate at which they part (60 minutes)
+"""7. Scores from one gradient, true effects, and the hard gate at which they part (60 minutes)
 
 Patching every edge for real costs a run each. Attribution patching takes the first-order estimate instead: for a head,
     s(head) = sum over positions of (z(clean) - z(corrupt)) . dm/dz, the gradient taken on the corrupted run,
@@ -6,8 +6,8 @@ which costs two runs and one backward pass for all heads together. Part one: wri
 
 Part two: where it fails. A head whose output opens a gate elsewhere has an effect, but a hard gate has no gradient.
 Find the edges that attribution misses: `patching.edge_scores` gives the estimates, `patching.exact_edge_score` the
-truth, `patching.edge_names` the edges, `patching.nodes` the order of both axes of the scores. In which of the two
-directions does the estimate fail, and would more sentences help?
+truth, `patching.edge_names` the edges. With names = `patching.nodes(model.config)`, scores[n, s, d] is the edge from
+names[s] to names[d + 1]. Does the estimate miss edges that matter, or name edges that do not? Would more sentences help?
 """
 
 
@@ -21,5 +21,5 @@ def head_attribution(model, clean, corrupt, metric):
 
 def missed_edges(model, clean, corrupt, metric, small):
     """The set of edges (source, destination), by name, that attribution calls nothing (mean |score| below small) though
-    patching them for real changes the metric by a mean of more than 10 small in size."""
+    patching them for real matters (mean |change of the metric| above 10 times small). Means are over the N pairs."""
     raise NotImplementedError

@@ -42,3 +42,6 @@ def test_the_model_is_left_as_it_was(answer, model):
     before = model(corrupt).logits
     answer.patch_head(model, clean, corrupt, 0, 1)
     assert torch.equal(model(corrupt).logits, before)
+    with pytest.raises(RuntimeError):    # the z of 4 sentences does not fit into 3
+        answer.patch_head(model, clean, corrupt[:3], 0, 1)
+    assert torch.equal(model(corrupt).logits, before)

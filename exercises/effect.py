@@ -11,7 +11,7 @@ mean?
 
 
 def curves(scores):
-    """scores (N,S) of S edges on N sentences, not all 0 in any -> (per sentence, global), each (S+1) with C(0) = 0."""
+    """scores (N,S): S edges, N sentences, none with zeros only -> (per sentence, global), each (S+1) with C(0) = 0."""
     raise NotImplementedError
 
 

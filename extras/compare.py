@@ -99,11 +99,24 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
     return found
 
 
+def model_options(parser, out):
+    for name in ("--dense", "--sparse"):
+        parser.add_argument(name, required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
+    parser.add_argument("--out", help=f"folder for pictures and numbers (default {out})",
+                        default=None if "TASK" in out else out)
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
+
+
 def load_models(args):
-    """{"dense": model, "sparse": model} on the device, two of one shape."""
+    """{"dense": model, "sparse": model} on the device, two of one shape; a longer one is cropped to the other."""
     args.device = pick_device(args.device)
-    models = {name: GPT.from_pretrained(path).to(args.device)
-              for name, path in (("dense", args.dense), ("sparse", args.sparse))}
+    paths = {"dense": args.dense, "sparse": args.sparse}
+    models = {name: GPT.from_pretrained(path) for name, path in paths.items()}
+    shortest = min(model.config.block_size for model in models.values())
+    for name, model in models.items():
+        if model.config.block_size > shortest:
+            models[name] = GPT.from_pretrained(paths[name], block_size=shortest)
+        models[name].to(args.device)
     layouts = {model.notes.get("layout") for model in models.values()}
     dense, sparse = ({"family": type(model).__name__, **dataclasses.asdict(model.config)} for model in models.values())
     differ = [f"{key} {dense.get(key)} and {sparse.get(key)}" for key in {**dense, **sparse}.keys()
@@ -179,15 +192,12 @@ def compare(args):
 def main():
     parser = argparse.ArgumentParser(usage="python patching.py --dense A --sparse B --task T [options]",
                                      description="Circuits of a task, dense beside sparse: Figures 3 to 5.")
-    for name in ("--dense", "--sparse"):
-        parser.add_argument(name, required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
+    model_options(parser, "runs/patching-TASK")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
     parser.add_argument("--corruption", choices=("abc", "swap"),
                         help="of ioi: three fresh names (default), or the second subject swapped")
-    parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
     args.out = args.out or f"runs/patching-{args.task}"
     try:

@@ -45,6 +45,8 @@ def load(source, encoding):
     """Tokens of the training and of the validation split, two memory-mapped arrays of whole documents."""
     cache = Path(torch.hub.get_dir(), "sparse-attention-data")
     if match := re.fullmatch(FINEWEB_NAME, source):
+        if encoding.n_vocab != 50257:
+            raise UserError("fineweb comes as GPT-2's tokens, and this model has others\npass text: --data FOLDER")
         train = download(FINEWEB.format("train", int(match[1] or 1)), cache)
         return read_tokens(train, encoding), read_tokens(download(FINEWEB.format("val", 0), cache), encoding)
     if source.endswith(".bin"):

@@ -6,7 +6,8 @@ context   the cross-entropy of a validation token when only the last c tokens ar
           it gain from the far ones?
 copy      the cross-entropy of a text that was shown before, d tokens back: can it still be read from there?
 
-A and B: GPT-2 names, paths, or checkpoints of ours. Cross-entropies in nats per token, hard gates.
+A and B: GPT-2 names, paths, or checkpoints of ours. Cross-entropies in nats per token, hard gates. Both models and all
+lengths are asked about the same places of the text: the error of sparse - dense is that of the paired difference.
 """
 import argparse
 import os
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from extras.compare import load_models
+from extras.compare import load_models, model_options
 from extras.data import load
 from extras.encodings import encoding_of
 from extras.figures import draw_distance
@@ -30,15 +31,19 @@ AT_ONCE = 4096    # tokens in a forward pass
 
 @torch.no_grad()
 def losses(model, rows, count):
-    """rows (N,T+1) of tokens -> mean and standard error of the CE of the last `count` tokens of each row."""
+    """rows (N,T+1) of tokens -> (N) mean CE of the last `count` tokens of each row."""
     T, found = rows.shape[1] - 1, []
     for part in rows.split(max(1, AT_ONCE // T)):
         part = part.to(model.wte.weight.device)
         logits = model.eval()(part[:, :-1]).logits[:, T - count:].float()              # (n,count,V)
         ce = F.cross_entropy(logits.flatten(0, 1), part[:, -count:].flatten(), reduction="none")
-        found.append(ce.view(-1, count).double().mean(1).cpu())
-    found = torch.cat(found)                                                           # (N)
-    return found.mean().item(), (found.std() / len(found) ** 0.5).item()
+        found.append(ce.view(-1, count).mean(1).cpu())
+    return torch.cat(found).double()
+
+
+def mean_and_error(values):
+    """Of values (N): their mean and its standard error."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
 def rows_of_context(tokens, ends, c):
@@ -59,18 +64,21 @@ def compare(args):
         raise UserError(f"{args.data} has too few validation tokens for a context of {longest}\n"
                         "pass more text, or a smaller --longest")
     make_folder(args.out)
-    ends = np.linspace(longest, len(tokens) - 1, args.windows).astype(int)    # the same targets for every context
+    ends = np.unique(np.linspace(longest, len(tokens) - 1, args.windows).astype(int))    # the same for every length
     lengths = [2 ** n for n in range(longest.bit_length())]                   # 1, 2, 4, ... <= longest
     questions = {"context": {c: (rows_of_context(tokens, ends, c), 1) for c in lengths},
                  "copy": {d: (rows_of_copy(tokens, ends, d), d - 1) for d in lengths[1:] if 2 * d <= longest}}
     found = {}
     for question, of_length in questions.items():
-        found[question] = {name: {n: losses(model, *of_length[n]) for n in tqdm(of_length, desc=f"{question}, {name}")}
-                           for name, model in models.items()}
-        print(f"\n{question:10}{'dense':>18}{'sparse':>18}    nats per token, +- standard error")
+        found[question] = {name: {} for name in (*models, "sparse - dense")}
+        for n, (rows, count) in tqdm(of_length.items(), desc=question):
+            ce = {name: losses(model, rows, count) for name, model in models.items()}
+            for name, values in (ce | {"sparse - dense": ce["sparse"] - ce["dense"]}).items():
+                found[question][name][n] = mean_and_error(values)
+        print(f"\n{question:10}" + "".join(f"{name:>18}" for name in found[question])
+              + "    nats per token, +- standard error")
         for n in of_length:
-            print(f"{n:<10}" + "".join(f"{ce:10.3f} +- {error:.3f}" for ce, error in
-                                       (of_model[n] for of_model in found[question].values())))
+            print(f"{n:<10}" + "".join("{:10.3f} +- {:.3f}".format(*values[n]) for values in found[question].values()))
     write_json(os.path.join(args.out, "distance.json"), vars(args) | found)
     draw_distance(found, os.path.join(args.out, "distance.png"))
     print(f"\ndistance.json and distance.png are in {args.out}")
@@ -79,14 +87,11 @@ def compare(args):
 def main():
     parser = argparse.ArgumentParser(usage="python extras/distance.py --dense A --sparse B --data stdlib [options]",
                                      description="What do two models gain from tokens that are far back?")
-    for name in ("--dense", "--sparse"):
-        parser.add_argument(name, required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
+    model_options(parser, "runs/distance")
     parser.add_argument("--data", required=True, help="as --data of train.py; its validation split is read")
     parser.add_argument("--longest", type=between(int, 2, 2**20), default=128,
                         help="context that is shown at most (default 128)")
     parser.add_argument("--windows", type=between(int, 2, 10**6), default=1000, help="rows per length (default 1000)")
-    parser.add_argument("--out", default="runs/distance", help="folder of the picture (default runs/distance)")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
     try:
         compare(args)

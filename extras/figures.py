@@ -173,13 +173,13 @@ def draw_sweeps(results, title, path):
             mean = [np.mean(values) for values in seeds]
             ax.vlines(range(len(seeds)), [min(v) for v in seeds], [max(v) for v in seeds], color="0.6", lw=5)
             ax.plot(mean, "-o", color="black", label="mean; bar: range of the seeds")
-            ax.set_ylim(bottom=0)
             ax.margins(x=0.15)
+        column[0].set_ylim(bottom=0)
         column[0].set_title(what, fontsize=10)
         column[1].set_xticks(range(len(found)), found)
         column[1].set_xlabel("value")
     axes[0, 0].set_ylabel("active edges (% of the allowed)")
-    axes[1, 0].set_ylabel("cross-entropy above dense (nats)")
+    axes[1, 0].set_ylabel("cross-entropy above the dense start (nats)")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(title)
     save(figure, path)
@@ -191,9 +191,10 @@ def draw_distance(found, path):
              "copy": ("a text that was shown d tokens before", "distance d (tokens)")}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for ax, (question, models) in zip(axes, found.items()):
-        for name, of_length in models.items():
+        for name, style in STYLES.items():
+            of_length = models[name]
             ax.errorbar(list(of_length), [ce for ce, _ in of_length.values()], [e for _, e in of_length.values()],
-                        label=name, capsize=2, **STYLES[name] | dict(ms=4))
+                        label=name, capsize=2, **style | dict(ms=4))
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(of_length), [str(n) for n in of_length])
         ax.set(title=about[question][0], xlabel=about[question][1])

@@ -5,6 +5,7 @@ config.json under the key "config.json".
 """
 import argparse
 import contextlib
+import csv
 import http.client
 import json
 import os
@@ -70,6 +71,14 @@ def write_json(path, content, indent=1):
     make_folder(os.path.dirname(path) or ".")
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=indent, default=torch.Tensor.tolist)
+
+
+def write_csv(path, rows):
+    """A line for each of rows, dicts with the same keys."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def fetch(url, path, sha256, advice):

@@ -1,6 +1,6 @@
 """The Llama family (Llama, SmolLM2, OLMo) on the same gates: only what differs from model.py.
 
-    model = GPT.from_pretrained("folder/with/config.json", gated=True)      # finds this file by itself
+    model = GPT.from_pretrained(FOLDER, gated=True)      # finds this file by itself, from FOLDER/config.json
 
 RMSNorm (OLMo: LayerNorm without parameters), rotary positions instead of learned ones, several query heads to one
 key and value head, SwiGLU, and a head that may be tied. Edges are counted per query head. What has a name in model.py
@@ -10,7 +10,6 @@ Shapes as in model.py, and G key/value heads, M the MLP's hidden width.
 """
 import dataclasses
 import math
-import os
 from typing import Optional
 
 import torch
@@ -107,7 +106,8 @@ class Llama(GPT):
 
     def __init__(self, config, generator=None):
         nn.Module.__init__(self)
-        sizes = [getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_kv_head", "n_hidden")]
+        sizes = [getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd",
+                                                    "n_kv_head", "n_hidden")]
         if min(sizes) < 1 or config.n_embd % (2 * config.n_head) or config.n_head % config.n_kv_head:
             raise UserError(f"no Llama has these sizes: {config}\n"
                             "expected n_embd a multiple of 2 n_head, and n_head one of n_kv_head")
@@ -139,8 +139,8 @@ class Llama(GPT):
             block_size=hf["max_position_embeddings"], vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"],
             n_head=H, n_embd=hf["hidden_size"], n_kv_head=hf.get("num_key_value_heads") or H,
             n_hidden=hf["intermediate_size"], norm=kind,
-            norm_eps=hf.get("rms_norm_eps", 1e-6) if kind == "rms" else 1e-5,
-            rope_theta=float(hf.get("rope_theta") or rope.get("rope_theta") or 10000), tied=tied,
+            norm_eps=hf.get("rms_norm_eps") or 1e-6 if kind == "rms" else 1e-5,
+            rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0, tied=tied,
             rope_scaling=rope if rope_type(rope) == "llama3" else None)
         found = {}
         for name, t in tensors.items():
@@ -148,12 +148,11 @@ class Llama(GPT):
                 name = name.replace(theirs, ours)
             if not name.endswith("rotary_emb.inv_freq"):    # old checkpoints store this constant
                 found[name] = t
-        if tied and not torch.equal(found.pop("lm_head.weight", found["wte.weight"]), found["wte.weight"]):
+        head = found.pop("lm_head.weight", None) if tied else None
+        if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
             raise UserError(f"{path}: its head is not its embedding, though config.json says so\n"
                             "expected lm_head.weight = embed_tokens.weight")
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        tokenizer = os.path.abspath(os.path.join(folder, "tokenizer.json"))
-        return found, fields, {"tokenizer": tokenizer} if os.path.exists(tokenizer) else {}
+        return found, fields
 
 
 # ---- Hugging Face's names
@@ -162,6 +161,9 @@ NORMS = {"LlamaForCausalLM": "rms", "OlmoForCausalLM": "layer"}
 NAMES = (("model.embed_tokens.", "wte."), ("model.layers.", "h."), ("model.norm.", "ln_f."),
          (".input_layernorm.", ".ln_1."), (".post_attention_layernorm.", ".ln_2."),
          (".self_attn.o_proj.", ".attn.c_proj."), (".self_attn.", ".attn."))
+
+
+LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 def rope_type(rope):
@@ -173,15 +175,20 @@ def refuse_unknown(hf, path):
     if architecture not in NORMS:
         raise UserError(f"{path}: config.json names {architecture}\n"
                         f"expected GPT-2's layout, or one of {', '.join(NORMS)}")
-    needed = {"hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size", "num_hidden_layers",
-              "intermediate_size"}
-    if not needed <= hf.keys():
-        raise UserError(f"{path}: config.json lacks {', '.join(sorted(needed - hf.keys()))}")
+    needed = ("hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size", "num_hidden_layers",
+              "intermediate_size")
+    for key in needed:
+        if not isinstance(hf.get(key), int) or hf[key] < 1:
+            raise UserError(f"{path}: config.json has {key}={hf.get(key)}\nexpected a number of 1 or more")
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None,
-            "head_dim": hf["hidden_size"] // hf["num_attention_heads"]}
+            "partial_rotary_factor": 1.0, "head_dim": hf["hidden_size"] // hf["num_attention_heads"]}
     for key, value in only.items():
         if hf.get(key) not in (None, value):
             raise UserError(f"{path}: config.json has {key}={hf[key]}\nonly {key}={value} is implemented here")
     for key in ("rope_scaling", "rope_parameters"):
-        if rope_type(hf.get(key) or {}) not in ("default", "llama3"):
-            raise UserError(f"{path}: config.json has {key}={hf[key]}\nonly Llama 3's is implemented here")
+        rope = hf.get(key) or {}
+        wanted = {"default": set(), "llama3": LLAMA3}.get(rope_type(rope))
+        given = rope.keys() - {"type", "rope_type", "rope_theta"}
+        if given != wanted or not all(isinstance(rope[name], (int, float)) for name in given):
+            raise UserError(f"{path}: config.json has {key}={rope}\nonly Llama 3's is implemented here, with "
+                            f"{', '.join(sorted(LLAMA3))}")

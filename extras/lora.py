@@ -53,7 +53,7 @@ def merged(tensors):
     for at in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
         for kind in ("weight", "bias"):
             if f"{at}.linear.{kind}" in plain:
-                plain[f"{at}.{kind}"] = plain.pop(f"{at}.linear.{kind}").float()
-        change = tensors[f"{at}.b"].float() @ tensors[f"{at}.a"].float()
-        plain[f"{at}.weight"][:len(change)] += change
-    return plain
+                plain[f"{at}.{kind}"] = plain.pop(f"{at}.linear.{kind}")
+        weight, change = plain[f"{at}.weight"].float(), tensors[f"{at}.b"].float() @ tensors[f"{at}.a"].float()
+        plain[f"{at}.weight"] = weight + F.pad(change, (0, 0, 0, len(weight) - len(change)))
+    return {name: t.float() for name, t in plain.items()} if plain.keys() != tensors.keys() else plain

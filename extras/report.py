@@ -43,7 +43,7 @@ def check_control(args, control):
     theirs = argparse.Namespace(**read_json(os.path.join(control, "args.json")))
     row = read_log(control)[-1]
     # (block_size may still be the model's own, and base_ce unmeasured, where ours has just begun)
-    differ = [name for name in SHARED if getattr(args, name) not in (None, getattr(theirs, name))]
+    differ = [name for name in SHARED if getattr(args, name) not in (None, vars(theirs).get(name, getattr(args, name)))]
     if args.base_ce is not None and abs(theirs.base_ce - args.base_ce) > 1e-3:
         differ.append("untouched model")
     why = ("not --dense" if not theirs.dense else f"other {', '.join(differ)}" if differ else
@@ -72,13 +72,14 @@ def report(out, control=None):
     print(f"\n{'':16}validation CE   active edges   edges per token")
     for name, ce, active in lines:
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
-    write_json(os.path.join(out, "summary.json"), {
+    summary = {
         "base_ce": args.base_ce, "control_ce": lines[1][1] if control or args.dense else None,
         "sparse_ce": None if args.dense else found["val_ce"], "tau": args.tau,
         "constraint_met": None if args.dense else best is not None,
         "active_share": found["active"], "edges_per_token": found["active"] * edges_per_token,
-        "step": found["step"], "steps": args.steps, "seed": args.seed})
+        "step": found["step"], "steps": args.steps, "seed": args.seed}
     if args.dense:
+        write_json(os.path.join(out, "summary.json"), summary)
         return
     which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
     print(f"tau {args.tau:.4f}, {which}, step {found['step']} of {args.steps}")
@@ -90,6 +91,7 @@ def report(out, control=None):
     draw_attention(attention_rows({"untouched": base, "sparse": sparse}, by_head, encoding_of(base)), True,
                    "Where each token reads from: the heads with the most active edges",
                    os.path.join(out, "attention.png"), size=4)
+    write_json(os.path.join(out, "summary.json"), summary)    # the last file: it says that all is there
 
 
 def attention_rows(models, by_head, encoding, columns=4):

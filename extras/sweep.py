@@ -1,4 +1,4 @@
-"""Ablations: one choice of the method takes several values, all else stays, three seeds each.
+"""Ablations: one option takes several values, the others stay as they are, three seeds each.
 
     python extras/sweep.py [bias|tau|rate|distill] [--out runs/sweep]    without a name: all four
 
@@ -7,6 +7,7 @@ time as there are cores. A run that is in --out already is not made again, so a 
 """
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from extras.figures import draw_sweeps
 from extras.files import UserError, between, make_folder, read_json
 
 TOY = "toy_addition.py --steps 8000"
-SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 1500 --steps 1000 --device cpu"
+SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 1500 --steps 600 --device cpu"
 SWEEPS = {    # command, option, its values; the one in brackets is the command's own
     "bias": (TOY, "--gate-bias", ("0", "1", "[2]", "4")),
     "tau": (TOY, "--tau", ("0.005", "[0.015]", "0.05")),
@@ -39,8 +40,7 @@ def commands(name, seeds, out):
         choice = "" if value.startswith("[") else f" {option} {value}"
         for seed in range(seeds):
             line = f"{base}{choice} --seed {seed}"
-            folder = f"{base.partition('.')[0]}{choice.replace(' --', '-').replace(' ', '-')}-seed-{seed}"
-            found[value.strip("[]"), seed] = line, os.path.join(out, folder)
+            found[value.strip("[]"), seed] = line, os.path.join(out, re.sub(r"[^\w.]+", "-", line))
     return found
 
 
@@ -58,20 +58,22 @@ def one_run(line, folder):
 
 
 def outcome(folder):
-    """Active share, CE above the dense model's in nats, accuracy (None: no such thing), whether tau was met."""
+    """Active share, CE in nats above the model's before it got gates, accuracy (None: no such thing), was tau met?"""
     found = read_json(os.path.join(folder, "summary.json"))
     dense_ce = found.get("dense_ce", found.get("base_ce"))    # of the toy, of train.py
-    return found["active_share"], found["sparse_ce"] - dense_ce, found.get("sparse_accuracy"), found["constraint_met"]
+    return (found["active_share"], found["sparse_ce"] - dense_ce, found.get("sparse_accuracy"),
+            found["constraint_met"])
 
 
 def print_table(name, results):
     option = SWEEPS[name][1]
-    print(f"\n| {option} | active edges, % | CE above dense, nats | right, % | tau met |\n|---|---|---|---|---|")
+    print(f"\n| {option} | active edges, % | CE above the dense start, nats | right, % | tau met |")
+    print("|---|---|---|---|---|")
     for value, outcomes in results.items():
         shares, losses, accuracies, met = zip(*outcomes)
-        cells = [spread([100 * x for x in shares], ".2f"), spread(losses, ".4f"),
-                 "-" if None in accuracies else spread([100 * x for x in accuracies], ".2f"), f"{sum(met)} of {len(met)}"]
-        print(f"| {value} | " + " | ".join(cells) + " |")
+        right = "-" if None in accuracies else spread([100 * x for x in accuracies], ".2f")
+        print(f"| {value} | {spread([100 * x for x in shares], '.2f')} | {spread(losses, '.4f')} | {right} | "
+              f"{sum(met)} of {len(met)} |")
 
 
 def spread(values, form):
@@ -84,8 +86,11 @@ def sweep(args):
     wanted = {name: commands(name, args.seeds, out) for name in ([args.name] if args.name else SWEEPS)}
     runs = {folder: line for found in wanted.values() for line, folder in found.values()}
     with ThreadPoolExecutor(args.at_once) as pool:
-        for run in tqdm([pool.submit(one_run, line, folder) for folder, line in runs.items()], desc="runs"):
-            run.result()
+        try:
+            for run in tqdm([pool.submit(one_run, line, folder) for folder, line in runs.items()], desc="runs"):
+                run.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)    # after a failure or Ctrl-C: start no further run
     results = {}
     for name, found in wanted.items():
         results[name] = {}

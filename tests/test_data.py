@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+import tiktoken
 
 from extras import data
 from extras.encodings import byte_encoding
@@ -95,10 +96,15 @@ def shard(tokens, count=None):
     return header.tobytes() + np.array(tokens, np.uint16).tobytes()
 
 
+def large_as_gpt2():
+    return tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
+                             special_tokens={"<|endoftext|>": 50256})
+
+
 def test_fineweb(server):
     (server / "fineweb_train_000003.bin").write_bytes(shard(range(200)))
     (server / "fineweb_val_000000.bin").write_bytes(shard([5, 6, 7]))
-    train, val = data.load("fineweb-3", byte_encoding())
+    train, val = data.load("fineweb-3", large_as_gpt2())
     assert train.tolist() == list(range(200)) and val.tolist() == [5, 6, 7]
 
 
@@ -106,6 +112,8 @@ def test_a_known_hash_is_checked(server, monkeypatch):
     (server / "fineweb_train_000001.bin").write_bytes(shard([1, 2, 3]))
     monkeypatch.setitem(data.SHA256, data.FINEWEB.format("train", 1), "0" * 64)
     with pytest.raises(UserError, match="invalid hash value .*expected .0000"):
+        data.load("fineweb", large_as_gpt2())
+    with pytest.raises(UserError, match="fineweb comes as GPT-2's tokens"):
         data.load("fineweb", byte_encoding())
 
 

@@ -27,7 +27,7 @@ def test_losses_and_rows_by_hand():
             by_copy.append(np.mean([-log_p[i - 1, twice[i]].item() for i in range(n + 1, 2 * n)]))
         for values, rows, count in ((by_context, distance.rows_of_context(tokens, ends, n), 1),
                                     (by_copy, distance.rows_of_copy(tokens, ends, n), n - 1)):
-            mean, error = distance.losses(model, rows, count)
+            mean, error = distance.mean_and_error(distance.losses(model, rows, count))
             assert mean == pytest.approx(np.mean(values), abs=1e-5)
             assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), abs=1e-5)
 
@@ -49,10 +49,10 @@ class Remembers(torch.nn.Module):
 def test_a_model_that_remembers_four_back_copies_from_four_back_only():
     tokens = np.random.default_rng(0).integers(0, 11, 3000)
     ends = np.arange(100, 2900, 28)
-    ce = {d: distance.losses(Remembers(4), distance.rows_of_copy(tokens, ends, d), d - 1)[0] for d in (2, 4, 8)}
+    ce = {d: distance.losses(Remembers(4), distance.rows_of_copy(tokens, ends, d), d - 1).mean() for d in (2, 4, 8)}
     assert ce[4] == pytest.approx(0, abs=1e-6) and ce[8] > 10 and ce[2] == pytest.approx(math.log(11), abs=1e-6)
     periodic = np.tile([1, 5, 7, 2], 750)
-    ce = {c: distance.losses(Remembers(4), distance.rows_of_context(periodic, ends, c), 1)[0] for c in (2, 4, 8)}
+    ce = {c: distance.losses(Remembers(4), distance.rows_of_context(periodic, ends, c), 1).mean() for c in (2, 4, 8)}
     assert ce[2] == pytest.approx(math.log(11)) and ce[4] == ce[8] == pytest.approx(0, abs=1e-6)
 
 
@@ -73,9 +73,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for question in ("context", "copy"):
         for n, (ce, error) in found[question]["dense"].items():
             assert f"{ce:.3f} +- {error:.3f}" in printed
+        for n in found[question]["dense"]:
+            dense, sparse, apart = (found[question][name][n][0] for name in ("dense", "sparse", "sparse - dense"))
+            assert apart == pytest.approx(sparse - dense, abs=1e-6)
     assert (tmp_path / "out" / "distance.png").stat().st_size > 10_000
-    (tmp_path / "text.txt").write_text("a\n\n\nb")
-    monkeypatch.setattr("sys.argv", [*arguments[:-1], "cpu", "--longest", "16"])
+    (tmp_path / "text.bin").write_bytes(bytes(2 * 150))    # 142 zeros to train on, 8 to validate
+    monkeypatch.setattr("sys.argv", [arg.replace("text.txt", "text.bin") for arg in arguments])
     with pytest.raises(SystemExit) as stopped:
         distance.main()
-    assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "has too few validation tokens for a context of 16\n" in capsys.readouterr().err

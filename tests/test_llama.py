@@ -13,14 +13,14 @@ from extras.encodings import bytes_of_characters, encoding_of, tokenizer_encodin
 from extras.files import UserError
 from extras.llama import Llama
 from model import GPT, allowed_edges, load_checkpoint, save_checkpoint
-from test_model import write_safetensors
+from test_model import gpt2_weights, write_safetensors
 
 # Of the two frequencies below, 1 and 0.1, one is kept, one interpolated with 64 positions, slowed down with 16.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 40,
           "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 31,
-          "max_position_embeddings": 64, "rope_theta": 100.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+          "max_position_embeddings": 64, "rope_theta": 100.0, "rms_norm_eps": 0.01, "hidden_act": "silu",
           "tie_word_embeddings": True}
 TOKENS = [3, 1, 4, 15, 9, 26, 5, 30, 0, 7, 7, 2]
 
@@ -110,6 +110,7 @@ def write(folder, config, w, sharded=False):
     {}, {"tie_word_embeddings": False}, {"num_key_value_heads": 6}, {"rope_scaling": LLAMA3},
     {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}},
     {"architectures": ["OlmoForCausalLM"], "model_type": "olmo", "tie_word_embeddings": False},
+    {"model_type": None},    # told by its architecture
 ])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_logits_are_those_of_a_numpy_llama(tmp_path, change, sharded):
@@ -148,6 +149,12 @@ def test_gates_are_counted_and_maps_are_weights(tmp_path):
     ({"hidden_act": "gelu"}, "hidden_act=gelu"),
     ({"head_dim": 8}, "head_dim=8"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling=.*yarn"),
+    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling=.*factor"),
+    ({"rope_scaling": LLAMA3 | {"factor": None} | {"partial_rotary_factor": 0.5}}, "rope_scaling="),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling=(.|\n)*with factor, high_freq_factor"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0\nexpected a number of 1 or more"),
+    ({"num_attention_heads": "6"}, "num_attention_heads=6\nexpected"),
     ({"intermediate_size": 48}, "gate_proj.weight has shape"),
     ({"num_key_value_heads": 4}, "no Llama has these sizes"),
     ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
@@ -160,8 +167,42 @@ def test_what_is_not_implemented_is_named(tmp_path, change, message):
 
 def test_a_config_without_a_size_is_named(tmp_path):
     config = {key: value for key, value in CONFIG.items() if key != "vocab_size"}
-    with pytest.raises(UserError, match="config.json lacks vocab_size"):
+    with pytest.raises(UserError, match="config.json has vocab_size=None"):
         GPT.from_pretrained(write(tmp_path / "hf", config, weights(CONFIG)))
+
+
+def test_what_config_json_leaves_out_has_the_familys_defaults(tmp_path):
+    """As many key heads as query heads, theta 10,000, eps 1e-6, a head of its own."""
+    explicit = CONFIG | {"num_key_value_heads": 6, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+                         "tie_word_embeddings": False}
+    w = weights(explicit)
+    short = {key: value for key, value in CONFIG.items() if key not in (
+        "num_key_value_heads", "rope_theta", "rms_norm_eps", "tie_word_embeddings")}
+    model = GPT.from_pretrained(write(tmp_path / "hf", short, w | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))    # a constant of old checkpoints
+    expected = numpy_llama(w, explicit, TOKENS)
+    logits = model(torch.tensor([TOKENS])).logits[0].detach().numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_newer_files_keep_theta_among_the_rope_parameters(tmp_path):
+    short = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
+    folder = write(tmp_path / "hf", short | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+                   weights(CONFIG))
+    logits = GPT.from_pretrained(folder)(torch.tensor([TOKENS])).logits[0].detach().numpy()
+    expected = numpy_llama(weights(CONFIG), CONFIG, TOKENS)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_broken_files_are_named(tmp_path):
+    w = weights(CONFIG)
+    with pytest.raises(UserError, match="wte.weight is missing"):
+        GPT.from_pretrained(write(tmp_path / "a", CONFIG, {k: t for k, t in w.items() if "embed" not in k}))
+    with pytest.raises(UserError, match="its head is not its embedding"):
+        GPT.from_pretrained(write(tmp_path / "b", CONFIG, w | {
+            "lm_head.weight": w["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(UserError, match="reads at most 64 positions, not 65"):
+        GPT.from_pretrained(write(tmp_path / "c", CONFIG, w), block_size=65)
 
 
 # ---- Tokenizers
@@ -264,6 +305,37 @@ def test_added_words_are_found_in_text_before_all_else(tmp_path):
     assert encoding.encode_ordinary("<|endoftext|>") != [296]    # special ones are not
 
 
+def test_composed_letters_and_what_lies_between_matches(tmp_path):
+    """NFC makes one letter of e and its accent. And a Split keeps the text between its matches, each run as a piece."""
+    tokenizer = trained_tokenizer() | {"normalizer": {"type": "NFC"}}
+    tokenizer["pre_tokenizer"]["pretokenizers"] = [
+        {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    encoding = tokenizer_encoding(tmp_path / "tokenizer.json")
+    pieces = ["the cat", "1", "9", " caf\u00e9 sat"]
+    assert encoding.encode_ordinary("the cat19 cafe\u0301 sat") == by_hand(tokenizer, pieces)
+    assert by_hand(tokenizer, ["\u00e9"]) != by_hand(tokenizer, ["e\u0301"])
+
+
+def test_a_template_is_mentioned(tmp_path):
+    tokenizer = trained_tokenizer() | {"post_processor": {"type": "TemplateProcessing", "single": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.warns(UserWarning, match="puts special tokens around a text"):
+        tokenizer_encoding(tmp_path / "tokenizer.json")
+
+
+def test_a_gpt2_may_bring_its_tokenizer_too(tmp_path):
+    weights_, folder = gpt2_weights(), tmp_path / "hf"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", weights_)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": 3}))
+    (folder / "tokenizer.json").write_text(json.dumps(trained_tokenizer()))
+    model = GPT.from_pretrained(folder)
+    with pytest.raises(UserError, match="has 297 tokens, the model 31"):
+        encoding_of(model)
+
+
 def test_a_model_brings_its_tokenizer(tmp_path):
     config = CONFIG | {"vocab_size": 297}
     folder = write(tmp_path / "hf", config, weights(config))
@@ -288,7 +360,14 @@ def test_a_model_brings_its_tokenizer(tmp_path):
     (("model", "byte_fallback"), True, "byte_fallback=True"),
     (("model", "merges", 0), "a b", "numbers do not follow its merges"),
     (("added_tokens",), [], "a vocabulary without <|endoftext|>"),
-    (("model", "vocab", "Xq"), 296, "a token without a merge \\('Xq'\\)"),
+    (("model", "vocab", "Xq"), 300, "a token without a merge \\('Xq'\\)"),
+    (("model", "vocab", "Xq"), 7, "numbers do not follow its merges"),
+    (("model", "vocab", "\u4e00"), 300, "the character '\u4e00' in the vocabulary"),
+    (("model", "unk_token"), "<unk>", "unk_token=<unk>"),
+    (("model",), None, "is no tokenizer.json\nAttributeError"),
+    (("pre_tokenizer", "pretokenizers"), [], "is no tokenizer.json\nIndexError"),
+    (("pre_tokenizer", "pretokenizers", 0), {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "("}},
+     "the pre-tokeniser Split"),
     (("added_tokens", 0), {"content": "<x>", "id": 296, "lstrip": True}, "lstrip of the added token '<x>'"),
 ])
 def test_a_tokenizer_that_is_not_implemented_is_named(tmp_path, at, value, message):
@@ -351,7 +430,7 @@ def test_training_works_on_it(tmp_path, monkeypatch, more):
     before, after = GPT.from_pretrained(folder), GPT.from_pretrained(out / "last.pt")
     changed = {name.split(".", 2)[2] for (name, a), b in zip(before.state_dict().items(), after.state_dict().values())
                if name.startswith("h.0") and not torch.equal(a, b)}
-    assert changed >= {"attn.q_proj.weight", "attn.k_proj.weight"} and ("mlp.up_proj.weight" in changed) != bool(more)
+    assert changed == {"attn.q_proj.weight", "attn.k_proj.weight"} if more else "mlp.up_proj.weight" in changed
     assert after.config.gated and encoding_of(after).n_vocab == 297 and (out / "attention.png").exists() == (not more)
     log = (out / "log.csv").read_text()
     run("--resume", out)                      # the run is over: nothing changes

@@ -32,7 +32,10 @@ def test_only_the_adapters_change_and_merging_keeps_the_function(tmp_path, every
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(optimizer.state) == len(names)
     per_layer = {False: 4 * (24 + 48), True: 4 * (24 + 72 + 24 + 24 + 24 + 96 + 96 + 24)}[everything]    # r (in + out)
     assert sum(p.numel() for name, p in model.named_parameters() if name in names) == 2 * per_layer
+    idx = torch.randint(31, (2, 12))
+    expected = model.eval()(idx).logits
     after = merged(model.state_dict())
+    assert torch.equal(model(idx).logits, expected)    # what was merged is a copy
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = ("c_attn.weight",) if not everything else ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -40,8 +43,6 @@ def test_only_the_adapters_change_and_merging_keeps_the_function(tmp_path, every
     if not everything:    # v's rows stay
         assert torch.equal(before["h.0.attn.c_attn.weight"][48:], after["h.0.attn.c_attn.weight"][48:])
 
-    idx = torch.randint(31, (2, 12))
-    expected = model.eval()(idx).logits
     save_checkpoint(model, tmp_path / "adapted.pt")
     plain = load_checkpoint(tmp_path / "adapted.pt")
     torch.testing.assert_close(plain(idx).logits, expected, atol=1e-5, rtol=1e-5)
@@ -71,14 +72,16 @@ def test_frozen_weights_in_bfloat16_take_half_the_memory():
 
 
 def test_a_small_adapter_is_not_lost_in_bfloat16():
-    """Added to a bfloat16 matrix, most of a change of a ten-thousandth would be rounded away."""
-    model, x = add_adapters(GPT(CONFIG), 4, dtype=torch.bfloat16), torch.randn(2, 12, 24)
+    """Added to the bfloat16 matrix, most of a change of a ten-thousandth would be rounded away. Merging keeps it."""
+    model = add_adapters(GPT(CONFIG), 4, dtype=torch.bfloat16)
     layer = model.h[0].attn.c_attn
     with torch.no_grad():
+        layer.linear.weight.normal_(0, 0.5)
         layer.b.normal_(0, 1e-4)
-        layer.linear.weight.zero_()
-        layer.linear.bias.zero_()
-        with torch.autocast("cpu", torch.bfloat16):
-            alone = layer(x).float()
-    assert alone.shape == (2, 12, 72)
-    torch.testing.assert_close(alone[..., :48], x @ layer.a.T @ layer.b.T, rtol=0.05, atol=1e-5)
+    change, base = (layer.b @ layer.a).double(), layer.linear.weight.double()    # (48,24), (72,24)
+    kept = merged(model.state_dict())["h.0.attn.c_attn.weight"]
+    assert kept.dtype == torch.float32
+    torch.testing.assert_close(kept[:48].double() - base[:48], change, rtol=0, atol=1e-6)
+    rounded = (base[:48] + change).bfloat16().double() - base[:48]
+    assert (rounded - change).abs().mean() > 0.5 * change.abs().mean() > 1e-5
+    assert all(t.dtype == torch.float32 for t in merged(model.state_dict()).values())
