@@ -267,7 +267,7 @@ def run(args):
     if args.gate_bias is not None:
         config.gate_bias = args.gate_bias
     if not args.dense:
-        geco = Geco(args.tau, min(1.0, args.lam_max), args.rate, args.decay, lam_range=(1e-3, args.lam_max))
+        geco = Geco(args.tau, args.lam, args.rate, args.decay)
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
     if place.device.type == "cuda":
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

@@ -43,8 +43,8 @@ def parse(about):
            help="b: how far open the gates start; default: 2, or that of a checkpoint of ours")
     option("--rate", type=between(float, 1e-9, 100.0), default=0.05, help="kappa of GECO: how fast lam answers")
     option("--decay", type=between(float, 0.0, 0.9999), default=0.9, help="alpha of GECO: how long Cbar remembers")
-    option("--lam-max", type=between(float, 1e-3, 1e6), default=10.0, help="ceiling of lambda: the lower it is, the "
-           "sooner edges go while the CE is still above tau")
+    option("--lam", type=between(float, 1e-3, 10.0), default=1.0, help="lambda at the start; below 1, edges go at once "
+           "and the model mends itself afterwards")
     option("--distill", type=between(float, 0.0, 1000.0), default=0.0,
            help="weight of KL(untouched || sparse) beside the CE: both times lambda")
     option("--lora-rank", type=between(int, 0, 10**4), default=0,

@@ -1,6 +1,6 @@
 """Ablations: one option takes several values, the others stay as they are, three seeds each.
 
-    python extras/sweep.py [bias|tau|rate|distill] [--out runs/sweep]    without a name: all four
+    python extras/sweep.py [bias|tau|rate|start|distill] [--out runs/sweep]    without a name: all five
 
 Every run is a command that you can give yourself, as short as the comparison allows, on one thread; as many run at a
 time as there are cores. A run that is in --out already is not made again, so a stopped sweep goes on.
@@ -22,12 +22,13 @@ sys.path.insert(0, str(ROOT))
 from extras.figures import draw_sweeps
 from extras.files import UserError, between, make_folder, read_json
 
-TOY = "toy_addition.py --steps 8000"
-SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 1500 --steps 600 --device cpu"
+TOY = "toy_addition.py --steps 6000"
+SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 1000 --steps 400 --device cpu"
 SWEEPS = {    # command, option, its values; the one in brackets is the command's own
     "bias": (TOY, "--gate-bias", ("0", "1", "[2]", "4")),
     "tau": (TOY, "--tau", ("0.005", "[0.015]", "0.05")),
     "rate": (TOY, "--rate", ("0.0025", "[0.01]", "0.04")),
+    "start": (TOY, "--dense-steps", ("1", "[2500]")),    # gates from the first step on, or afterwards
     "distill": (SMALL_GPT, "--distill", ("[0]", "1")),
 }
 
