@@ -72,7 +72,7 @@ def evaluate(model, idx, targets):
     right = ((out.logits.argmax(-1) == targets) | (targets == -1)).all(1)             # (N)
     active, expected = (x.mean().item() * allowed_edges(model.config) for x in (out.active_edges, out.expected_edges))
     return {"hard_ce": out.loss.item(), "accuracy": right.float().mean().item(), "active": active,
-            "kept_expected": expected, "wrong": (~right).nonzero()[:, 0]}
+            "eval_expected": expected, "wrong": (~right).nonzero()[:, 0]}
 
 
 def meets_constraint(found, tau):
@@ -219,7 +219,7 @@ def run(args):
         "dense_ce": found["dense"]["hard_ce"], "sparse_ce": found["sparse"]["hard_ce"],
         "active_edges_per_example": found["sparse"]["active"], "allowed_edges": allowed_edges(config),
         "active_share": found["sparse"]["active"] / allowed_edges(config),
-        "expected_edges_per_example": found["sparse"]["kept_expected"],
+        "expected_edges_per_example": found["sparse"]["eval_expected"],
         "carry_edge": f"layer {layer}, head {head}, tens slot to position {key}",
         "constraint_met": any("hard_ce" in row and meets_constraint(row, args.tau) for row in sparse_history),
         "carry_edge_with_carry": with_carry, "carry_edge_without_carry": without,

@@ -164,7 +164,7 @@ def draw_circuits(circuits, L, H, total, title, path):
 
 
 def draw_sweeps(results, title, path):
-    """Ablations, a column for each: {what: {value: [(active share, CE above dense, ...) of each seed]}}."""
+    """Ablations, a column for each: {what: {value: [(active share, CE, ...) of each seed]}}."""
     figure, axes = plt.subplots(2, len(results), squeeze=False, sharex="col", layout="constrained",
                                 figsize=(1.5 + 2.9 * len(results), 6))
     for column, (what, found) in zip(axes.T, results.items()):
@@ -173,13 +173,13 @@ def draw_sweeps(results, title, path):
             mean = [np.mean(values) for values in seeds]
             ax.vlines(range(len(seeds)), [min(v) for v in seeds], [max(v) for v in seeds], color="0.6", lw=5)
             ax.plot(mean, "-o", color="black", label="mean; bar: range of the seeds")
-            ax.margins(x=0.15)
+            ax.margins(x=0.15, y=0.25)    # room for the legend
         column[0].set_ylim(bottom=0)
         column[0].set_title(what, fontsize=10)
         column[1].set_xticks(range(len(found)), found)
         column[1].set_xlabel("value")
     axes[0, 0].set_ylabel("active edges (% of the allowed)")
-    axes[1, 0].set_ylabel("cross-entropy above the dense start (nats)")
+    axes[1, 0].set_ylabel("cross-entropy (nats)")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(title)
     save(figure, path)

@@ -51,7 +51,7 @@ def test_a_small_sweep(tmp_path, monkeypatch, capsys):
         of_value = summaries[float(value)]
         shares = [100 * s["active_share"] for s in of_value]
         assert share == f"{statistics.mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
-        assert loss.startswith(f"{statistics.mean(s['sparse_ce'] - s['dense_ce'] for s in of_value):.4f}")
+        assert loss.startswith(f"{statistics.mean(s['sparse_ce'] for s in of_value):.4f}")
         assert right.startswith(f"{statistics.mean(100 * s['sparse_accuracy'] for s in of_value):.2f}")
         assert met == "0 of 1"
     assert len(rows) == 2 and (tmp_path / "sweep.png").stat().st_size > 10_000
