@@ -99,11 +99,9 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
     return found
 
 
-def model_options(parser, out):
+def model_options(parser):
     for name in ("--dense", "--sparse"):
         parser.add_argument(name, required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
-    parser.add_argument("--out", help=f"folder for pictures and numbers (default {out})",
-                        default=None if "TASK" in out else out)
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
 
 
@@ -192,11 +190,12 @@ def compare(args):
 def main():
     parser = argparse.ArgumentParser(usage="python patching.py --dense A --sparse B --task T [options]",
                                      description="Circuits of a task, dense beside sparse: Figures 3 to 5.")
-    model_options(parser, "runs/patching-TASK")
+    model_options(parser)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
     parser.add_argument("--corruption", choices=("abc", "swap"),
                         help="of ioi: three fresh names (default), or the second subject swapped")
+    parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
     args = parser.parse_args()
     args.out = args.out or f"runs/patching-{args.task}"

@@ -87,11 +87,12 @@ def compare(args):
 def main():
     parser = argparse.ArgumentParser(usage="python extras/distance.py --dense A --sparse B --data stdlib [options]",
                                      description="What do two models gain from tokens that are far back?")
-    model_options(parser, "runs/distance")
+    model_options(parser)
     parser.add_argument("--data", required=True, help="as --data of train.py; its validation split is read")
     parser.add_argument("--longest", type=between(int, 2, 2**20), default=128,
                         help="context that is shown at most (default 128)")
     parser.add_argument("--windows", type=between(int, 2, 10**6), default=1000, help="rows per length (default 1000)")
+    parser.add_argument("--out", default="runs/distance", help="folder of the picture (default runs/distance)")
     args = parser.parse_args()
     try:
         compare(args)

@@ -75,21 +75,22 @@ def parse(about):
 def settle(parser, args):
     """The options of the run that is meant: a new one in a folder that can be written, or those of an old one."""
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.report and given - {"report", "control"}:
-        raise UserError("--report draws the report of its run anew; only --control goes with it\nleave the others out")
-    if args.resume and given != {"resume"}:
-        raise UserError("--resume goes on with the options of its run\nleave the others out")
+    if args.report:
+        if given - {"report", "control"}:
+            raise UserError("--report draws the report of its run anew; only --control goes with it\n"
+                            "leave the others out")
+        return args
+    if args.resume:
+        if given != {"resume"}:
+            raise UserError("--resume goes on with the options of its run\nleave the others out")
+        saved = read_json(os.path.join(args.resume, "args.json"))
+        return argparse.Namespace(**vars(args) | saved | {"out": args.resume})    # vars: options that are newer
     if args.lora_all and not args.lora_rank or args.lora_rank and args.init == "scratch":
         raise UserError("--lora-rank adapts a model that is there, and --lora-all its other layers too\n"
                         "pass --init PATH --lora-rank 8")
     if args.init != "scratch" and given & SCRATCH_ONLY:
         raise UserError(", ".join(f"--{name.replace('_', '-')}" for name in sorted(given & SCRATCH_ONLY))
                         + " need --init scratch\nleave them out, or train a model from scratch")
-    if args.report:
-        return args
-    if args.resume:
-        saved = read_json(os.path.join(args.resume, "args.json"))
-        return argparse.Namespace(**vars(args) | saved | {"out": args.resume})    # vars: options that are newer
     if args.dense and (args.tau or args.distill):
         raise UserError("--dense is the control: it has no constraint\nleave --tau and --distill out")
     base = os.path.basename(os.path.normpath(args.init)).removesuffix(".pt")

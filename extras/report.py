@@ -72,26 +72,24 @@ def report(out, control=None):
     print(f"\n{'':16}validation CE   active edges   edges per token")
     for name, ce, active in lines:
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * edges_per_token:18.2f}")
-    summary = {
+    if not args.dense:
+        which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
+        print(f"tau {args.tau:.4f}, {which}, step {found['step']} of {args.steps}")
+        draw_curve(rows, lines, args.tau, os.path.join(out, "curve.png"))
+        L, H = base.config.n_layer, base.config.n_head
+        by_head = np.array([[found[f"active_{l}.{h}"] for h in range(H)] for l in range(L)])
+        draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
+        sparse = GPT.from_pretrained(os.path.join(out, "best.pt" if best else "last.pt"))
+        draw_attention(attention_rows({"untouched": base, "sparse": sparse}, by_head, encoding_of(base)), True,
+                       "Where each token reads from: the heads with the most active edges",
+                       os.path.join(out, "attention.png"), size=4)
+    # The last file: it says that all is there.
+    write_json(os.path.join(out, "summary.json"), {
         "base_ce": args.base_ce, "control_ce": lines[1][1] if control or args.dense else None,
         "sparse_ce": None if args.dense else found["val_ce"], "tau": args.tau,
         "constraint_met": None if args.dense else best is not None,
         "active_share": found["active"], "edges_per_token": found["active"] * edges_per_token,
-        "step": found["step"], "steps": args.steps, "seed": args.seed}
-    if args.dense:
-        write_json(os.path.join(out, "summary.json"), summary)
-        return
-    which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
-    print(f"tau {args.tau:.4f}, {which}, step {found['step']} of {args.steps}")
-    draw_curve(rows, lines, args.tau, os.path.join(out, "curve.png"))
-    L, H = base.config.n_layer, base.config.n_head
-    by_head = np.array([[found[f"active_{l}.{h}"] for h in range(H)] for l in range(L)])
-    draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
-    sparse = GPT.from_pretrained(os.path.join(out, "best.pt" if best else "last.pt"))
-    draw_attention(attention_rows({"untouched": base, "sparse": sparse}, by_head, encoding_of(base)), True,
-                   "Where each token reads from: the heads with the most active edges",
-                   os.path.join(out, "attention.png"), size=4)
-    write_json(os.path.join(out, "summary.json"), summary)    # the last file: it says that all is there
+        "step": found["step"], "steps": args.steps, "seed": args.seed})
 
 
 def attention_rows(models, by_head, encoding, columns=4):

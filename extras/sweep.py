@@ -84,12 +84,12 @@ def sweep(args):
     make_folder(out)
     wanted = {name: commands(name, args.seeds, out) for name in ([args.name] if args.name else SWEEPS)}
     runs = {folder: line for found in wanted.values() for line, folder in found.values()}
-    with ThreadPoolExecutor(args.at_once) as pool:
-        try:
-            for run in tqdm([pool.submit(one_run, line, folder) for folder, line in runs.items()], desc="runs"):
-                run.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)    # after a failure or Ctrl-C: start no further run
+    pool = ThreadPoolExecutor(args.at_once)
+    try:
+        for run in tqdm([pool.submit(one_run, line, folder) for folder, line in runs.items()], desc="runs"):
+            run.result()
+    finally:
+        pool.shutdown(cancel_futures=True)    # after a failure or Ctrl-C: start no further run
     results = {}
     for name, found in wanted.items():
         results[name] = {}
