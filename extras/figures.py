@@ -17,7 +17,7 @@ STYLES = {"dense": dict(color="black", ls="-", lw=2.2, marker="o"),
 
 def save(figure, path):
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
     plt.close(figure)
 
 
@@ -28,7 +28,7 @@ def draw_attention(rows, causal, title, path, size=2.9):
     queries and keys are the T labels of the axes, boxed draws a frame around every edge that is not 0.
     """
     columns = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained",
+    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed",
                                 figsize=(size * columns, size * len(rows) + 1))
     for row, (label, panels) in zip(axes, rows):
         for ax, (name, weights, queries, keys, boxed) in zip(row, panels):
@@ -102,9 +102,9 @@ def draw_heads(by_head, path):
     figure, ax = plt.subplots(figsize=(1.5 + 0.6 * max(H, 6), 1.2 + 0.5 * L), layout="constrained")
     image = ax.imshow(100 * by_head, cmap="Blues", vmin=0)
     for l, h in np.ndindex(L, H):
-        dark = by_head[l, h] > 0.6 * by_head.max()
-        ax.text(h, l, f"{100 * by_head[l, h]:.2g}", ha="center", va="center", fontsize=7,
-                color="w" if dark else "k")
+        percent = 100 * by_head[l, h]
+        ax.text(h, l, f"{percent:.0f}" if percent >= 9.95 else f"{percent:.2g}", ha="center", va="center", fontsize=7,
+                color="w" if by_head[l, h] > 0.6 * by_head.max() else "k")
     ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L), title="Active edges by head (%)")
     figure.colorbar(image, ax=ax, label="% of the allowed edges")
     save(figure, path)

@@ -180,6 +180,9 @@ def refuse_unknown(hf, path):
     for key in needed:
         if not isinstance(hf.get(key), int) or hf[key] < 1:
             raise UserError(f"{path}: config.json has {key}={hf.get(key)}\nexpected a number of 1 or more")
+    for key in ("num_key_value_heads", "rope_theta", "rms_norm_eps"):    # these may be left out
+        if not isinstance(hf.get(key) or 1, (int, float)):
+            raise UserError(f"{path}: config.json has {key}={hf[key]}\nexpected a number")
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None,
             "partial_rotary_factor": 1.0, "head_dim": hf["hidden_size"] // hf["num_attention_heads"]}
     for key, value in only.items():
@@ -188,7 +191,7 @@ def refuse_unknown(hf, path):
     for key in ("rope_scaling", "rope_parameters"):
         rope = hf.get(key) or {}
         wanted = {"default": set(), "llama3": LLAMA3}.get(rope_type(rope))
-        given = rope.keys() - {"type", "rope_type", "rope_theta"}
-        if given != wanted or not all(isinstance(rope[name], (int, float)) for name in given):
+        given = rope.keys() - {"type", "rope_type"}
+        if given - {"rope_theta"} != wanted or not all(isinstance(rope[name], (int, float)) for name in given):
             raise UserError(f"{path}: config.json has {key}={rope}\nonly Llama 3's is implemented here, with "
                             f"{', '.join(sorted(LLAMA3))}")

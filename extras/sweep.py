@@ -22,11 +22,11 @@ sys.path.insert(0, str(ROOT))
 from extras.figures import draw_sweeps
 from extras.files import UserError, between, make_folder, read_json
 
-TOY = "toy_addition.py --steps 6000"
+TOY = "toy_addition.py --steps 4000"
 SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 1000 --steps 400 --device cpu"
 SWEEPS = {    # command, option, its values; the one in brackets is the command's own
     "bias": (TOY, "--gate-bias", ("0", "1", "[2]", "4")),
-    "tau": (TOY, "--tau", ("0.005", "[0.015]", "0.05")),
+    "tau": (TOY, "--tau", ("0.01", "[0.03]", "0.1")),
     "rate": (TOY, "--rate", ("0.0025", "[0.01]", "0.04")),
     "start": (TOY, "--dense-steps", ("1", "[2500]")),    # gates from the first step on, or afterwards
     "distill": (SMALL_GPT, "--distill", ("[0]", "1")),

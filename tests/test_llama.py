@@ -155,6 +155,8 @@ def test_gates_are_counted_and_maps_are_weights(tmp_path):
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"num_attention_heads": 0}, "num_attention_heads=0\nexpected a number of 1 or more"),
     ({"num_attention_heads": "6"}, "num_attention_heads=6\nexpected"),
+    ({"rope_theta": "1e4"}, "rope_theta=1e4\nexpected a number"),
+    ({"rope_scaling": {"rope_theta": "1e4"}}, "rope_scaling=.*1e4"),
     ({"intermediate_size": 48}, "gate_proj.weight has shape"),
     ({"num_key_value_heads": 4}, "no Llama has these sizes"),
     ({"tie_word_embeddings": False}, "lm_head.weight is missing"),

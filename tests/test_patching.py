@@ -1,4 +1,5 @@
 """patching.py against a GPT written out node by node, finite differences, counts and text."""
+import dataclasses
 import json
 import math
 import re
@@ -517,15 +518,19 @@ def command(monkeypatch, capsys, *arguments):
     return (code, *capsys.readouterr())
 
 
-def toys(folder, name="toy", layout="reversed", **fields):
+def two_heads(layout, **fields):
+    return dataclasses.replace(toy_config(layout, **fields), n_head=2)
+
+
+def toys(folder, layout="reversed"):
     """Untrained checkpoints as toy_addition.py writes them; large weights, so that the pairs differ."""
     paths = []
     for gated in (False, True):
-        model = GPT(toy_config(layout, gated=gated, **fields), generator=torch.Generator().manual_seed(1))
+        model = GPT(two_heads(layout, gated=gated), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(12 if p.ndim == 2 else 1)
-        paths.append(str(folder / f"{name}-{layout}-{gated}.pt"))
+        paths.append(str(folder / f"{layout}-{gated}.pt"))
         save_checkpoint(model, paths[-1], layout=layout)
     return paths
 
@@ -614,7 +619,7 @@ def test_a_users_mistake_gets_three_lines_and_exit_code_2(tmp_path, monkeypatch,
 
     bytes_, words = checkpoint("bytes", vocab_size=257, block_size=32), checkpoint("words", block_size=8)
     with torch.no_grad():    # a model that always says the same has no pair with an effect
-        flat = GPT(toy_config())
+        flat = GPT(two_heads("reversed"))
         for p in flat.parameters():
             p.zero_()
     save_checkpoint(flat, tmp_path / "flat.pt", layout="reversed")

@@ -47,7 +47,7 @@ def test_the_split_is_fixed_and_disjoint():
     assert torch.equal(toy.split()[0], train)
 
 
-@pytest.mark.parametrize("layout, edges", [("reversed", 4 * 45), ("paper", 4 * 121)])
+@pytest.mark.parametrize("layout, edges", [("reversed", 2 * 45), ("paper", 2 * 121)])
 def test_allowed_edges_by_counting(layout, edges):
     config = toy.toy_config(layout, gated=True, gate_bias=1e4)
     assert toy.allowed_edges(config) == edges
@@ -146,14 +146,14 @@ def test_a_minute_of_training_becomes_sparse():
     train_rows, held_out = toy.split()
     dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(0))
     toy.train(dense, idx[train_rows], targets[train_rows], 1200, 3e-3, batch_size=128)
-    assert toy.evaluate(dense, idx[held_out], targets[held_out])["accuracy"] > 0.99
+    assert toy.evaluate(dense, idx[held_out], targets[held_out])["accuracy"] > 0.95
     sparse = GPT(toy.toy_config(gated=True))
     sparse.load_state_dict(dense.state_dict())
     start = toy.evaluate(sparse, idx[held_out], targets[held_out])["active"]
-    history = toy.train(sparse, idx[train_rows], targets[train_rows], 1000, 2e-3, eval_every=100,
+    history = toy.train(sparse, idx[train_rows], targets[train_rows], 1000, 1e-3, eval_every=100,
                         geco=toy.toy_geco(0.05))
     found = toy.evaluate(sparse, idx[held_out], targets[held_out])
-    assert found["active"] < 0.4 * 180 < start and found["accuracy"] > 0.99
+    assert found["active"] < 0.4 * 90 < start and found["accuracy"] > 0.99
     again = toy.evaluate(sparse, idx[train_rows], targets[train_rows])
     assert again["active"] == pytest.approx(min(row["active"] for row in history
                                                 if "active" in row and toy.meets_constraint(row, 0.05)))
@@ -170,11 +170,11 @@ def test_the_command_writes_what_it_promises(tmp_path):
     code, stdout, stderr = command("--dense-steps", "20", "--steps", "20", "--seed", "3", "--out", str(out),
                                    "--layout", "paper")
     assert code == 0, stderr
-    assert "no evaluation met CE <= 0.015" in stdout and "484" in stdout
+    assert "no evaluation met CE <= 0.03" in stdout and "242" in stdout
     summary = json.loads((out / "summary.json").read_text())
     assert {"seed", "dense_accuracy", "sparse_accuracy", "active_edges_per_example", "allowed_edges", "active_share",
             "carry_edge_with_carry", "carry_edge_without_carry", "tau", "seconds"} <= set(summary)
-    assert summary["seed"] == 3 and summary["allowed_edges"] == 484
+    assert summary["seed"] == 3 and summary["allowed_edges"] == 242
     sparse = load_checkpoint(out / "sparse.pt")
     assert sparse.config == toy.toy_config("paper", gated=True, gate_bias=2.0)
     idx, targets = toy.addition_data("paper")
