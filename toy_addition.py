@@ -97,9 +97,9 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
     # A short memory of squared gradients, 0.95: a gate that drops a needed edge makes a spike, and at 0.999 the
     # spikes of the last thousand steps would scale away the small, steady pull on the gates of idle edges.
     # eps 1e-5 holds back weights that have almost no gradient, where Adam would make steps of pure noise.
-    # A gate that is sure has no gradient and stays so for good, open without need or shut in error. The strong decay
-    # of c_attn, which makes q and k, keeps scores small: a gate stays sure only while its edge is needed. (Too strong
-    # a decay of both factors of q k^T leaves it rank one: what opens a needed edge then opens others with it.)
+    # A gate that is sure has no gradient and would stay so for good, open without need or shut in error. The decay of
+    # c_attn, strong in the sparse phase, pulls scores back: a gate stays sure only while its edge is needed. (Too
+    # strong a decay leaves q k^T rank one: what opens a needed edge then opens others with it.)
     of_scores = [p for name, p in model.named_parameters() if name.endswith("c_attn.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("c_attn.weight")]
     optimizer = torch.optim.AdamW([{"params": of_scores, "weight_decay": SCORE_DECAY[phase]},
@@ -151,8 +151,9 @@ def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval
 
 def toy_geco(tau, rate=0.01):
     """Edges are a share here: at lam = 1, an edge is worth 1 / allowed_edges nats. The rate is per tau, lest a small
-    tau be slow; the gain damps: where the loss stays tau too high, it triples lam within about 40 steps. The ceiling is
-    low, as the loss of sampled gates is above tau for thousands of steps, and above 1 idle edges hardly go meanwhile.
+    tau be slow; the gain damps: both together triple a lam below its ceiling within about 40 steps where the loss stays
+    tau too high. The ceiling is low: sampled gates keep lam there for thousands of steps, and above 1 idle edges hardly
+    go meanwhile.
     """
     return Geco(tau, rate=rate / tau, decay=0.95, lam_range=(0.01, 1.0), gain=1 / tau)
 
