@@ -1,16 +1,22 @@
-"""GECO: train towards few edges, under the constraint that the loss stays below a target.
+"""GECO: train towards few edges, under the constraint that the loss stays below a target (section 3 of the paper).
 
     minimise the expected number of open edges, subject to CE <= tau
 
 The multiplier of the Lagrangian  edges + lam (CE - tau)  is not tuned but driven by the constraint
-(Rezende & Viola 2018, arXiv 1810.00597; section 3 of the paper):
+(Rezende & Viola 2018, arXiv 1810.00597):
 
     C    = CE - tau                               above 0: the constraint is violated
     Cbar <- decay Cbar + (1 - decay) C            moving average, started at the first C          (4)
     lam  <- lam exp(rate Cbar)                    a sum in log space: lam stays positive          (5)
 
-(The numbers go on from gates.py; the README has them all beside each other.)
-Loss above tau: lam grows and the model mends itself. Loss below tau: lam shrinks and edges go.
+The paper's Greek: lam is lambda, rate is kappa, decay is alpha. Loss above tau: lam grows and the model mends itself.
+Loss below tau: lam shrinks and edges go. One training step, in both training loops, is
+
+    geco.objective(edges, ce).backward()          # edges, ce: of sampled gates, differentiable
+    optimizer.step()
+    row |= geco.step(seen, expected)              # seen: the CE that the constraint looks at, a plain number
+
+So far both loops let the constraint see the CE of the batch that they train on, with sampled gates.
 """
 import math
 
@@ -20,15 +26,16 @@ class Geco:
 
     tau        target of the cross-entropy, nats per token.
     lam        start value, > 0. With edges given as a share in [0, 1], lam = 1 trades one nat for all edges.
-    rate       kappa in (5), per nat and step: how fast lam answers. Too fast: lam runs to the ends of its
+    rate       of (5), per nat and step: how fast lam answers. Too fast: lam runs to the ends of its
                range and CE swings around tau; too slow: lam lags behind edges that are already gone.
-    decay      alpha in (4): the average spans about 1 / (1 - decay) steps. Smooths noise, but delays too.
+    decay      of (4): the average spans about 1 / (1 - decay) steps. Smooths noise, but delays too.
     lam_range  lam is clamped to it, so that a long stay on one side of tau can be undone quickly.
     gain       0 is pure GECO. Above 0 the multiplier in use is lam exp(gain Cbar): a proportional term beside
                the integral (5), which damps its swing (PID Lagrangian, Stooke et al. 2020, arXiv 2007.03964).
+    most       C is capped at this many nats, so that one unlucky step cannot throw lam off.
     """
 
-    def __init__(self, tau, lam=1.0, rate=0.002, decay=0.99, lam_range=(1e-3, 10.0), gain=0.0):
+    def __init__(self, tau, lam=1.0, rate=0.002, decay=0.99, lam_range=(1e-3, 10.0), gain=0.0, most=math.inf):
         low, high = lam_range
         if not 0 < tau < math.inf:
             raise ValueError(f"tau must be above 0 nats and finite, got {tau}")
@@ -36,42 +43,41 @@ class Geco:
             raise ValueError(f"lam must lie in its range, 0 < {low} <= {lam} <= {high} < inf")
         if not (0 < rate < math.inf and 0 <= gain < math.inf):
             raise ValueError(f"rate must be above 0 and gain not below 0, both finite, got {rate} and {gain}")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}")
-        self.tau, self.rate, self.decay, self.lam_range, self.gain = tau, rate, decay, lam_range, gain
-        self.log_lam = math.log(lam)  # (5) is a sum here, and cannot overflow
+        if not (0 <= decay < 1 and most > 0):
+            raise ValueError(f"decay must lie in [0, 1) and most be above 0, got {decay} and {most}")
+        self.tau, self.rate, self.decay, self.lam_range, self.gain, self.most = tau, rate, decay, lam_range, gain, most
+        self.log_lam = math.log(lam)  # where (5) is a sum
         self.average = 0.0            # Cbar, nats
         self.steps = 0                # updates so far
 
     @property
     def lam(self):
-        """The multiplier that `objective` uses now: log it before `update`."""
-        low, high = self.lam_range    # once more, as exp(log(high)) may round to just above high
-        return min(max(math.exp(self._clamp(self.log_lam + self.gain * self.average)), low), high)
-
-    def _clamp(self, log_lam):
+        """The multiplier in use until the next update."""
         low, high = self.lam_range
-        return min(max(log_lam, math.log(low)), math.log(high))
+        log_lam = min(self.log_lam + self.gain * self.average, math.log(high))
+        return min(max(math.exp(log_lam), low), high)
 
     def objective(self, edges, ce):
-        """The scalar to backpropagate: edges + lam C, with the value of Cbar (so far) but the gradient of C.
-
-        edges: differentiable expected edges (a share or a count); ce: differentiable cross-entropy, nats.
+        """The scalar to backpropagate: the Lagrangian. edges: differentiable expected edges (a share or a count);
+        ce: differentiable cross-entropy, nats. (GECO shows Cbar as the value of ce - tau; the gradient is the same.)
         """
-        c = ce - self.tau
-        if self.steps > 0:
-            c = c + (self.average - c).detach()
-        return edges + self.lam * c
+        return edges + self.lam * (ce - self.tau)
 
     def update(self, ce):
-        """One step of (4) and (5). ce: the cross-entropy of the whole effective batch, a plain number."""
-        ce = float(ce)
+        """One step of (4) and (5) with the ce of the whole step. Returns the lam that the step used."""
+        ce, used = float(ce), self.lam
         if not math.isfinite(ce):
             raise FloatingPointError(f"the cross-entropy is {ce} at step {self.steps}: lower the learning rate")
-        c = ce - self.tau
+        low, high = (math.log(x) for x in self.lam_range)
+        c = min(ce - self.tau, self.most)
         self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c    # (4)
-        self.log_lam = self._clamp(self.log_lam + self.rate * self.average)                     # (5)
+        self.log_lam = min(max(self.log_lam + self.rate * self.average, low), high)             # (5)
         self.steps += 1
+        return used
+
+    def step(self, ce, expected):
+        """`update`, and what a log says of it. expected: edges of this step."""
+        return {"lam": self.update(ce), "c_bar": self.average, "expected": expected}
 
     def state_dict(self):
         """Plain numbers, for a checkpoint."""

@@ -1,10 +1,4 @@
-"""Circuits, dense beside sparse: which heads and edges carry a task (Figures 3 to 5 of the paper).
-
-    python patching.py --dense A --sparse B --task ioi [--pairs 100] [--out runs/patching-ioi]
-
-A and B: GPT-2 names, paths, or checkpoints of ours. Prints a table; writes heads.png, edges.png, circuit.png and
-scores.json. Every shortcut stands beside the real thing: edge_scores beside exact_edge_score, cumulative beside
-kept_circuit.
+"""Circuits: which heads and edges carry a task (Figures 3 to 5 of the paper). extras/circuits.py is the command.
 
 A task gives pairs of sentences and a metric m, which is high where the model answers rightly:
 
@@ -12,30 +6,31 @@ A task gives pairs of sentences and a metric m, which is high where the model an
     corrupt  After Lucy and Mark came to the park, Jane passed the key to    the same m, about 0
 
 Direction: the model runs on the corrupted sentence, and clean outputs are patched in (denoising).
-Sign: a score above 0 moves m towards the clean run. All patches act at all positions.
+Sign: a score above 0 moves m towards the clean run. All patches act at all positions. Gates are hard.
 
-    head score             (m(patched) - m(corrupt)) / (m(clean) - m(corrupt)), one head patched       (1)
-    explained effect EE(k)  the same with the first k heads patched, as a ratio of means over pairs     (2)
-    edge score s(u,v)       sum over positions of (out_u(clean) - out_u(corrupt)) . dm/d(in_v)          (3)
-    cumulative share C(n)   sum of the n largest |s(u,v)| / sum of all                                  (4)
+    head score             (m(patched) - m(corrupt)) / (m(clean) - m(corrupt)), one head patched       (6)
+    explained effect EE(k)  the same with the k heads that a ranking puts first, a ratio of means       (7)
+    edge score s(u,v)       sum over positions of (out_u(clean) - out_u(corrupt)) . dm/d(in_v)          (8)
+    cumulative share C(n)   sum of the n largest |s(u,v)| / sum of all                                  (9)
 
 The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits as destinations v; q, k and v of a
-head read through one input. A head's output is its z times its rows of the output projection, whose bias belongs to
-no head. in_v is the residual stream as v reads it, before its LayerNorm; its gradient on the corrupted run is taken
-through v only. (3) is in the metric's units: a first-order estimate of what exact_edge_score measures.
+head read through one input. A head's output is its z, the mixture of values, times its rows of the output projection,
+whose bias belongs to no head. in_v is the residual stream as v reads it, before its LayerNorm; its gradient on the
+corrupted run is taken through v only. (8) is in the metric's units: a first-order estimate of what exact_edge_score
+measures. (7) restores k clean heads in a corrupted run. The paper's figures seem to ask the other question: to keep
+k heads clean and corrupt all others.
 
-Shapes: N pairs, B batch, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1)
-sources and as many destinations.
+Every function below is a few lines around `forward`, the model's pass written out.
+Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
+many destinations.
 """
-import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from extras.files import UserError
-from extras.tasks import addition, copy, docstring, greater_than, ioi, select    # for whoever imports this file
+from support.files import UserError
 
 SHARE = 0.9    # of the effect that a circuit must explain
 
@@ -51,11 +46,10 @@ def nodes(config):
 def edge_mask(config):
     """(S,S) bool: does destination d read source s? A head feeds its own layer's MLP, but none of its heads."""
     H, S = config.n_head, 1 + config.n_layer * (config.n_head + 1)
-    mask = torch.zeros(S, S, dtype=torch.bool)
-    for d in range(S):
-        n = d % (H + 1)                       # head n of its layer, H: the MLP; 0 for the logits
-        mask[:1 + (d if n == H else d - n), d] = True
-    return mask
+    d = torch.arange(S)                       # with H = 2:   0 1 2  3 4 5  6    (two heads and an MLP, twice; logits)
+    n = d % (H + 1)                           #               0 1 2  0 1 2  0    its number in the layer
+    last = torch.where(n < H, d - n, d)       #               0 0 2  3 3 5  6    the last source that d reads
+    return torch.arange(S)[:, None] <= last
 
 
 def edge_names(config):
@@ -64,192 +58,168 @@ def edge_names(config):
     return [(names[s], names[d + 1]) for s, d in edge_mask(config).nonzero().tolist()]
 
 
-# ---- Running a model with other activations in it
+# ---- The pass, written out
 
-@contextlib.contextmanager
-def instrumented(model, tap=None, attend=None):
-    """Eval mode, `tap(place, layer, x)` where nodes read and write, and `attend(attn)` instead of attn.attend;
-    all of it undone at the end, also after an error."""
-    with contextlib.ExitStack() as undo:
-        def before(module, place, layer):
-            hook = module.register_forward_pre_hook(lambda _, inputs: tap(place, layer, *inputs))
-            undo.callback(hook.remove)
+def forward(model, tokens, read=None, write=None, frozen_gates=False):
+    """Logits (N,T,V) of a run with hard gates that can be looked into and changed on its way.
 
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        model.eval()
-        for l, block in enumerate(model.h):
-            if tap:
-                before(block.ln_1, "heads_in", l)               # (N,T,C)
-                before(block.attn.c_proj, "heads_out", l)       # (N,T,H*D) heads side by side: z
-                before(block.ln_2, "mlp_in", l)                 # (N,T,C)
-                hook = block.mlp.register_forward_hook(lambda _, inputs, y, l=l: tap("mlp_out", l, y))
-                undo.callback(hook.remove)
-            if attend:    # the instance's own attribute hides the method until it is taken away
-                block.attn.attend = attend(block.attn)
-                undo.callback(delattr, block.attn, "attend")
-        if tap:
-            before(model.ln_f, "logits_in", len(model.h))
-        yield
+    read(d, x)     what destinations d read: the stream x (N,T,C) -> (N,n,T,C), a copy for each of the n
+    write(s, out)  what sources s write: of embedding and MLPs (N,T,C), of heads their z (N,H,T,D) -> the same shape
+    d and s are slices of nodes(config)[1:] and nodes(config)[:-1], so that s is one more than d for the same node. The
+    heads of a layer come together. frozen_gates: no gradient goes through a gate, else the straight-through one.
+    """
+    H = model.config.n_head
+    write = write or (lambda s, out: out)
+    x = write(slice(0, 1), model.embed(tokens.to(model.wte.weight.device)))          # (N,T,C)
+    for l, block in enumerate(model.h):
+        first = l * (H + 1)
+        heads, mlp = slice(first, first + H), slice(first + H, first + H + 1)
+        q, k, v = block.attn.heads(block.ln_1(read(heads, x) if read else x))        # (N,H,T,D)
+        z = frozen_attention(block.attn, q, k, v) if frozen_gates else block.attn.attend(q, k, v)[0]
+        x = x + block.attn.project(write(slice(first + 1, first + H + 1), z))
+        y = block.mlp(block.ln_2(read(mlp, x)[:, 0] if read else x))                 # (N,T,C)
+        x = x + write(slice(first + H + 1, first + H + 2), y)
+    last = len(model.h) * (H + 1)
+    return model.unembed(read(slice(last, last + 1), x)[:, 0] if read else x)
 
 
-def run(model, tokens, tap=None, attend=None):
-    """Logits (N,T,V), and what passed each place: {(place, layer): x}. tap(place, layer, x) returns x or its
-    replacement. The embedding's output is what the heads of layer 0 read."""
-    seen = {}
-
-    def keep(place, layer, x):
-        seen[place, layer] = x = tap(place, layer, x) if tap else x
-        return x
-
-    with instrumented(model, keep, attend):
-        return model(tokens.to(model.wte.weight.device)).logits, seen
+def frozen_attention(attn, q, k, v):
+    """z of attn.attend with hard gates, but with A a constant: attend itself has the straight-through gradient only."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])                                       # (N,H,T,T)
+    if attn.config.causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    p = torch.softmax(scores, -1)
+    return (p if attn.gate_bias is None else p * (scores + attn.gate_bias[:, None, None] > 0)) @ v
 
 
-def run_with_heads(model, tokens, source, chosen):
-    """Logits on tokens with the z of the chosen heads (1 or N, L, H) taken from `source`, what another run saw."""
-    def tap(place, layer, x):
-        if place != "heads_out" or not chosen[:, layer].any():
-            return x
-        D = x.shape[-1] // chosen.shape[-1]
-        columns = chosen[:, layer].repeat_interleave(D, -1)[:, None]              # (1 or N,1,H*D)
-        return torch.where(columns, source[place, layer], x)                      # (N,T,H*D)
-    return run(model, tokens, tap)[0]
+def outputs(model, tokens, read=None, frozen_gates=False):
+    """Of a run: {s.start: what the sources s write, as `write` of forward gets it}, and the logits (N,T,V)."""
+    found = {}
+
+    def write(s, out):
+        found[s.start] = out
+        return out
+
+    return found, forward(model, tokens, read, write, frozen_gates)
+
+
+def copies(d, x):
+    """The plainest `read`: x (N,T,C) -> (N,n,T,C), the same for each of the n destinations d."""
+    return x[:, None].repeat(1, d.stop - d.start, 1, 1)
+
+
+def to_stream(model, start, out):
+    """What `write` gets for the sources from `start` on -> (N,n,T,C), as it enters the stream."""
+    if out.ndim == 3:
+        return out[:, None]
+    weight = model.h[(start - 1) // (model.config.n_head + 1)].attn.c_proj.weight    # (C,H*D)
+    return torch.einsum("nhtd,chd->nhtc", out, weight.unflatten(1, (out.shape[1], -1)))
+
+
+def differences(model, clean, corrupt):
+    """out_u(clean) - out_u(corrupt) of every source, (N,S,T,C), from what `outputs` found in two runs."""
+    return torch.cat([to_stream(model, start, clean[start] - corrupt[start]) for start in clean], 1)
 
 
 # ---- Heads
 
+def run_with_heads(model, tokens, z, chosen):
+    """Logits on tokens with the z of the chosen heads (1 or N, L, H) taken from `z`, the outputs of another run."""
+    def write(s, out):
+        layer = (s.start - 1) // (model.config.n_head + 1)
+        if out.ndim == 3 or not chosen[:, layer].any():
+            return out
+        return torch.where(chosen[:, layer, :, None, None], z[s.start], out)         # (N,H,T,D)
+
+    return forward(model, tokens, write=write)
+
+
+def effects(model, clean, corrupt, metric, choices):
+    """(N,K): the metric on corrupt with the heads of each choice (1 or N, L, H) patched; and m(clean) (N)."""
+    z, logits = outputs(model, clean)
+    m_clean = metric(logits)
+    m = m_clean.new_empty(len(m_clean), len(choices))    # a copy: a metric may be a view, and keep all its logits alive
+    for n, chosen in enumerate(tqdm(choices, desc="heads", leave=False)):
+        m[:, n] = metric(run_with_heads(model, corrupt, z, chosen.to(m.device)))
+    return m, m_clean
+
+
 @torch.no_grad()
 def head_scores(model, clean, corrupt, metric):
-    """(N,L,H): the effect of every head, each patched for real (1). Dimensionless, 1 is the whole effect.
+    """(N,L,H): the effect of every head, each patched for real (6). Dimensionless, 1 is the whole effect.
 
-    clean, corrupt (N,T) tokens; metric: logits (N,T,V) -> (N). A pair without any effect has scores in the metric's
-    units, 0 if its sentences are equal. Costs L H + 2 runs.
+    clean, corrupt (N,T) tokens; metric: logits (N,T,V) -> (N). Drop pairs of small effect first: they divide by it. A
+    pair without any has scores in the metric's units, 0 if its sentences are equal. Costs L H + 2 runs.
     """
     L, H = model.config.n_layer, model.config.n_head
-    logits, seen = run(model, clean)
-    m_corrupt = metric(run(model, corrupt)[0])                                    # (N)
-    effect = metric(logits) - m_corrupt
+    number = torch.arange(L * H).view(1, L, H)
+    m, m_clean = effects(model, clean, corrupt, metric, [number == n for n in range(-1, L * H)])    # -1: no head
+    effect = m_clean - m[:, 0]
     effect[effect == 0] = 1
-    heads = torch.eye(L * H, dtype=torch.bool, device=logits.device).view(L * H, 1, L, H)
-    m = m_corrupt.new_empty(len(effect), L * H)    # copied into: a metric may return a view of all its logits
-    for n, head in enumerate(tqdm(heads, desc="heads", leave=False)):
-        m[:, n] = metric(run_with_heads(model, corrupt, seen, head))
-    return ((m - m_corrupt[:, None]) / effect[:, None]).view(-1, L, H)
+    return ((m[:, 1:] - m[:, :1]) / effect[:, None]).view(-1, L, H)
 
 
 @torch.no_grad()
 def metric_of_first_heads(model, clean, corrupt, metric, order):
-    """(N,L*H+1): the metric with the first k heads of `order` patched together, k = 0 ... L*H.
+    """(N,L*H+1): the metric with the first k heads of `order` patched together, k = 0 ... L*H. And m(clean) (N).
 
     order: heads l*H + h, best first, one ranking (L*H) for all pairs or one a pair (N,L*H).
     """
     L, H = model.config.n_layer, model.config.n_head
-    logits, seen = run(model, clean)
-    rank = order.to(logits.device).view(-1, L * H).argsort(-1).view(-1, L, H)     # argsort inverts a permutation
-    m = logits.new_empty(len(logits), L * H + 1)
-    for k in tqdm(range(L * H + 1), desc="heads together", leave=False):
-        m[:, k] = metric(run_with_heads(model, corrupt, seen, rank < k))
-    return m
+    rank = order.view(-1, L * H).argsort(-1).view(-1, L, H)                          # argsort inverts a permutation
+    return effects(model, clean, corrupt, metric, [rank < k for k in range(L * H + 1)])
 
 
 def explained_effect(model, clean, corrupt, metric, order):
-    """(L*H+1): EE(k) (2), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
-    tokens at which m is read."""
-    with torch.no_grad():
-        m_clean = metric(run(model, clean)[0]).mean()
-    return share_of_effect(metric_of_first_heads(model, clean, corrupt, metric, order), m_clean)
+    """(L*H+1): EE(k) (7), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
+    tokens at which m is read: embeddings are not patched."""
+    return share_of_effect(*metric_of_first_heads(model, clean, corrupt, metric, order))
 
 
 def share_of_effect(m, m_clean):
-    """(2) from what was measured: m (N,K), column 0 unpatched; m_clean (N) or their mean. Equal sentences: 0."""
+    """(7) from what was measured: m (N,K), column 0 unpatched; m_clean (N). Equal sentences: 0."""
     m = m.mean(0)
     effect = m_clean.mean() - m[0]
     return (m - m[0]) / (effect if effect else 1)
 
 
 def heads_needed(curve, share=SHARE):
-    """The first k with curve[k] >= share; None if there is none. Curves start at k = 0 with value 0."""
+    """The first k with curve[k] >= share, or None. A curve of heads, or of edges, begins with curve[0] = 0."""
     reached = (torch.as_tensor(curve) >= share).nonzero()
     return int(reached[0]) if len(reached) else None
 
 
-edges_needed = heads_needed    # the same question to a curve of `cumulative`
-
-
 # ---- Edges
-
-def to_stream(attn, z):
-    """What every head writes: z (N,T,H*D) -> (N,H,T,C), without the projection's bias."""
-    H = attn.config.n_head
-    return torch.einsum("nthd,chd->nhtc", z.unflatten(-1, (H, -1)), attn.c_proj.weight.unflatten(1, (H, -1)))
-
-
-def source_differences(model, seen, reference):
-    """out_u in one run minus out_u in another, (N,S,T,C), from what the two runs saw."""
-    difference = {at: seen[at] - reference[at] for at in seen}
-    parts = [difference["heads_in", 0][:, None]]
-    for l, block in enumerate(model.h):
-        parts += [to_stream(block.attn, difference["heads_out", l]), difference["mlp_out", l][:, None]]
-    return torch.cat(parts, 1)
-
-
-def frozen_gates_attention(q, k, v, gate_bias, causal):
-    """gates.py's equation (3) with A a constant: the same value in eval mode, but no gradient through a gate."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                     # (B,H,T,T)
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    return ((scores + gate_bias > 0) * torch.softmax(scores, -1)) @ v             # (B,H,T,D)
-
 
 @torch.no_grad()
 def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
-    """(N,S,S) s(source, destination) by attribution (3), in the metric's units; pairs that are no edge hold 0.
+    """(N,S,S) s(source, destination) by attribution (8), in the metric's units; pairs that are no edge hold 0.
 
-    gate_gradient: let sample_gates' straight-through gradient through the gates. A hard gate itself has none, so
-    that an edge which acts by opening or shutting one scores 0 by default. Summed over destinations, a row is the
-    attribution of the source node. Costs two runs, a backward pass and one product with each head's Jacobian.
+    gate_gradient: let the straight-through gradient through the gates. A hard gate itself has none, so that an edge
+    which acts by opening or shutting one scores 0 by default. Summed over destinations, a row is the attribution of
+    the source node. Costs two runs and a backward pass.
     """
-    config, qkv = model.config, {}
-    L, H = config.n_layer, config.n_head
+    written, destinations, inputs = {}, [], []
 
-    def tap(place, layer, x):    # every reader gets a name of its own for the stream: the gradient through it alone
-        return x.requires_grad_().view_as(x) if place.endswith("_in") else x
+    def write(s, out):
+        written[s.start] = out.detach()
+        return out if s.start else out.detach().requires_grad_()    # weights may be frozen: the graph begins here
 
-    def attend(attn):
-        original = attn.attend
+    def read(d, x):    # a copy for each destination: its gradient is the one through that destination alone
+        destinations.append(d)
+        inputs.append(copies(d, x))                                                  # (N,n,T,C)
+        return inputs[-1]
 
-        def keep_qkv(q, k, v):
-            qkv[attn] = q, k, v
-            if gate_gradient or not config.gated:
-                return original(q, k, v)
-            y = frozen_gates_attention(q, k, v, config.gate_bias, config.causal)
-            return y, y.new_ones(y.shape[:2]), y.new_ones(y.shape[:2])    # shares of edges, not used here
-        return keep_qkv
-
-    clean_seen = run(model, clean)[1]
     with torch.enable_grad():
-        logits, seen = run(model, corrupt, tap, attend)
-        m = metric(logits).sum()
-    inputs = [seen["mlp_in", l] for l in range(L)] + [seen["logits_in", L]]
-    grads = torch.autograd.grad(m, inputs + [t for block in model.h for t in qkv[block.attn]], retain_graph=True,
-                                materialize_grads=True)
-    differences = source_differences(model, clean_seen, seen)                     # (N,S,T,C)
-    S = differences.shape[1]
-    scores = differences.new_zeros(len(logits), S, S)
-    one_head = torch.eye(H, dtype=logits.dtype, device=logits.device).view(H, 1, H, 1, 1)
-
-    def fill(first, grad):    # grad (n,N,T,C) of the n destinations from `first` on: they read first + 1 sources
-        block = torch.einsum("nstc,dntc->nsd", differences[:, :first + 1], grad)
-        scores[:, :first + 1, first:first + len(grad)] = block
-
-    for l, block in enumerate(model.h):
-        # From q, k, v back to the heads' common input, once for every head with the gradients of that head alone.
-        apart = [one_head * grad for grad in grads[L + 1 + 3 * l:][:3]]           # (H,N,H,T,D) each
-        fill(l * (H + 1), torch.autograd.grad(qkv[block.attn], seen["heads_in", l], apart,
-                                              retain_graph=True, is_grads_batched=True)[0])
-        fill(l * (H + 1) + H, grads[l][None])
-    fill(L * (H + 1), grads[L][None])
+        m = metric(forward(model, corrupt, read, write, frozen_gates=not gate_gradient)).sum()
+    grads = torch.autograd.grad(m, inputs, materialize_grads=True)
+    clean_outputs = outputs(model, clean, copies, not gate_gradient)[0]    # rounded as the other run: equal ones give 0
+    change = differences(model, clean_outputs, written)                              # (N,S,T,C)
+    N, S = change.shape[:2]
+    scores = change.new_zeros(N, S, S)
+    for d, grad in zip(destinations, grads):
+        known = slice(0, d.start + 1)    # the sources that come before
+        scores[:, known, d] = torch.einsum("nstc,ndtc->nsd", change[:, known], grad)
     return scores
 
 
@@ -259,28 +229,26 @@ def exact_edge_score(model, clean, corrupt, metric, source, destination):
     names of `nodes`.
 
     The destination reads the corrupted stream with the source's clean output in place of its corrupted one; all that
-    comes after follows, all else is as corrupted. Of a head's layer only that head's q, k and v see the change.
+    comes after follows, all else is as corrupted.
     """
     if (source, destination) not in edge_names(model.config):
         raise UserError(f"no edge from {source} to {destination} in this model\nedge_names(config) lists them")
-    H, names = model.config.n_head, nodes(model.config)
-    layer, n = divmod(names.index(destination) - 1, H + 1)
-    place = "logits_in" if destination == "logits" else "mlp_in" if n == H else "heads_in"
-    logits, seen = run(model, corrupt)
-    change = source_differences(model, run(model, clean)[1], seen)[:, names.index(source)]         # (N,T,C)
+    names = nodes(model.config)
+    s, d = names.index(source), names.index(destination) - 1
+    corrupt_outputs, logits = outputs(model, corrupt, copies)
+    change = differences(model, outputs(model, clean, copies)[0], corrupt_outputs)[:, s]    # (N,T,C)
 
-    def tap(at, l, x):
-        return x + change if (at, l) == (place, layer) else x
+    def read(group, x):
+        x = copies(group, x)
+        if group.start <= d < group.stop:
+            x[:, d - group.start] += change
+        return x
 
-    patched, seen = run(model, corrupt, tap)
-    if place == "heads_in":    # the tap changed what all heads of the layer read: keep the one's z of that run
-        head = F.one_hot(torch.tensor([layer * H + n]), model.config.n_layer * H).view(1, -1, H)
-        patched = run_with_heads(model, corrupt, seen, head.bool().to(patched.device))
-    return metric(patched) - metric(logits)
+    return metric(forward(model, corrupt, read)) - metric(logits)
 
 
 def cumulative(scores):
-    """C(n) (4), n = 0 ... S*S: scores (S,S) -> (S*S+1), or (N,S,S) -> (N,S*S+1). All-zero scores: 0 throughout.
+    """C(n) (9), n = 0 ... S*S: scores (S,S) -> (S*S+1), or (N,S,S) -> (N,S*S+1). All-zero scores: 0 throughout.
 
     Per sentence: cumulative(scores).mean(0). Global, one ranking for all: cumulative(scores.mean(0)).
     """
@@ -302,28 +270,23 @@ def kept_circuit(model, edges, clean, corrupt, metric):
     The embedding's output turns clean; every node reads the corrupted stream plus, over its chosen edges, what their
     sources write now minus what they wrote in the corrupted run. All edges give m(clean), none m(corrupt).
     """
-    H, before = model.config.n_head, run(model, corrupt)[1]
-    change = (run(model, clean)[1]["heads_in", 0] - before["heads_in", 0])[:, None]    # (N,sources so far,T,C)
-    edges = (edges.cpu() & edge_mask(model.config)).to(change).expand(len(change), -1, -1)
+    streams = {}
 
-    def read(stream, first, count=1):    # (N,T,C) -> (N,count,T,C): as destinations first, first + 1, ... read it
-        chosen = edges[:, :change.shape[1], first:first + count]
-        return stream[:, None] + torch.einsum("nsd,nstc->ndtc", chosen, change)
+    def keep(d, x):
+        streams[d.start] = x[:, None]
+        return copies(d, x)
 
-    with instrumented(model):
-        for l, block in enumerate(model.h):
-            x = block.ln_1(read(before["heads_in", l], l * (H + 1), H))                # (N,H,T,C)
-            # Every head from every head's input (N*H,H,T,D); the diagonal is each head from its own.
-            q, k, v = (t.unflatten(0, (-1, H)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
-                       for t in block.attn.heads(x.flatten(0, 1)))                     # (N,H,T,D)
-            z = block.attn.attend(q, k, v)[0].transpose(1, 2).flatten(2)               # (N,T,H*D)
-            change = torch.cat((change, to_stream(block.attn, z - before["heads_out", l])), 1)
-            y = block.mlp(block.ln_2(read(before["mlp_in", l], l * (H + 1) + H)))      # (N,1,T,C)
-            change = torch.cat((change, y - before["mlp_out", l][:, None]), 1)
-        x = read(before["logits_in", len(model.h)], len(model.h) * (H + 1))[:, 0]      # (N,T,C)
-        return metric(model.unembed(x))
+    before = outputs(model, corrupt, keep)[0]
+    N, S = len(corrupt), 1 + max(streams)
+    change = before[0].new_zeros(N, S, *before[0].shape[1:])                         # (N,S,T,C)
+    edges = (edges.cpu() & edge_mask(model.config)).to(change).expand(N, -1, -1)
 
+    def read(d, _):
+        known = slice(0, d.start + 1)    # the sources that come before
+        return streams[d.start] + torch.einsum("nsd,nstc->ndtc", edges[:, known, d], change[:, known])
 
-if __name__ == "__main__":
-    from extras.compare import main    # it imports this file
-    main()
+    def write(s, out):
+        change[:, s] = to_stream(model, s.start, out - before[s.start])
+        return out
+
+    return metric(forward(model, clean, read, write))

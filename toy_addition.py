@@ -12,7 +12,6 @@ One character is one token, and the answer is not fed back: its slots are `?` on
 """
 import argparse
 import copy
-import dataclasses
 import math
 import os
 import time
@@ -21,16 +20,17 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from extras.figures import draw_attention, draw_training
-from extras.files import UserError, between, make_folder, write_csv, write_json
 from geco import Geco
-from model import GPT, GPTConfig, allowed_edges, save_checkpoint
+from model import GPT, GPTConfig, allowed_edges
+from support.figures import draw_attention, draw_training
+from support.files import UserError, between, make_folder, write_csv, write_json
+from support.weights import save_checkpoint
 
 ALPHABET = "0123456789+=?"
 SLOTS = {"reversed": 3, "paper": 5}
 EXAMPLES = {"no carry": (53, 21), "one carry": (36, 28), "two carries": (43, 59)}    # those of Figure 1
 MIN_ACCURACY = 0.999    # share of training sums that a sparse model must get right to be kept
-SCORE_DECAY = {"dense": 0.1, "sparse": 3.0}    # weight decay of c_attn, which makes q and k (and v)
+ATTENTION_DECAY = {"dense": 0.1, "sparse": 3.0}    # weight decay of c_attn, which makes q, k and v
 
 
 def encode(a, b, layout):
@@ -40,7 +40,7 @@ def encode(a, b, layout):
 
 
 def addition_data(layout="reversed"):
-    """All 10,000 sums -> tokens (10000,T) and targets (10000,T), -1 outside the slots. Row 100 a + b is a + b."""
+    """All 10,000 sums -> tokens (10000,T) and targets (10000,T), -1 outside the slots. Row 100 a + b holds a + b."""
     token = {c: n for n, c in enumerate(ALPHABET)}
     texts = [encode(a, b, layout) for a in range(100) for b in range(100)]
     idx = torch.tensor([[token[c] for c in question] for question, _ in texts])
@@ -57,23 +57,22 @@ def split():
 
 
 def toy_config(layout="reversed", **fields):
-    """A small GPT. 2 layers: a carry must be computed before another slot can fetch it. 1 head: two share a
-    lookup, one for some digits and one for the others, and both keep their gates open; one takes the mean of two."""
+    """A small GPT. 2 layers: a carry must be computed before another slot can fetch it. 1 head: of two heads, each
+    looks up some digits only, and both keep their gates open; a single head reads the mean of two digits."""
     return GPTConfig(block_size=6 + SLOTS[layout], vocab_size=len(ALPHABET), n_layer=2, n_head=1, n_embd=64,
                      causal=layout == "reversed", **fields)
 
 
 @torch.no_grad()
 def evaluate(model, idx, targets):
-    """With hard gates: CE in nats per digit, share of sums right in every digit, active and expected edges per sum, and
-    the rows of idx that are wrong."""
-    was_training = model.training
+    """With hard gates: {CE in nats per digit, share of sums right in every digit, active and expected edges per sum}.
+    And which sums are wrong, (N) bool."""
     out = model.eval()(idx, targets)
-    model.train(was_training)
     right = ((out.logits.argmax(-1) == targets) | (targets == -1)).all(1)             # (N)
-    active, expected = (x.mean().item() * allowed_edges(model.config) for x in (out.active_edges, out.expected_edges))
-    return {"hard_ce": out.loss.item(), "accuracy": right.float().mean().item(), "active": active,
-            "eval_expected": expected, "wrong": (~right).nonzero()[:, 0]}
+    edges = allowed_edges(model.config)
+    return {"hard_ce": out.loss.item(), "accuracy": right.float().mean().item(),
+            "active": out.active_edges.mean().item() * edges,
+            "eval_expected": out.expected_edges.mean().item() * edges}, ~right
 
 
 def meets_constraint(found, tau):
@@ -81,81 +80,79 @@ def meets_constraint(found, tau):
     return found["hard_ce"] <= tau and found["accuracy"] >= MIN_ACCURACY
 
 
+def adamw(model, phase, lr):
+    """AdamW with a short memory of squared gradients, and with a decay of c_attn that is strong in the sparse phase.
+
+    A gate that drops a needed edge makes a spike in the gradient. With a long memory these spikes would scale away the
+    small, steady pull on the gates of idle edges. A gate that is sure has no gradient: it would stay open without need,
+    or shut in error. The decay pulls scores back, so that a gate stays sure only while its edge is needed.
+    """
+    attention = [p for name, p in model.named_parameters() if name.endswith("c_attn.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("c_attn.weight")]
+    groups = [{"params": attention, "weight_decay": ATTENTION_DECAY[phase]}, {"params": others, "weight_decay": 0.01}]
+    # eps 1e-5 holds back weights that have almost no gradient, where Adam would make steps of pure noise.
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), eps=1e-5 if phase == "sparse" else 1e-8, fused=True)
+
+
 def train(model, idx, targets, steps, lr, seed=0, geco=None, batch_size=32, eval_every=250):
     """Minimise the cross-entropy or, given a Geco, the expected edges while the cross-entropy stays below tau.
 
-    Returns the history, one dict per step: ce and, with a Geco, c_bar, lam (the one this step used), expected
+    Returns the history, one dict per step: ce and, with a Geco, lam (the one this step used), c_bar, expected
     (edges per sum) and, every eval_every steps, what `evaluate` finds on all of idx. With a Geco, evaluations read
     the average of the weights over about 100 steps, where the noise of gates and batches cancels; the sums that are
     wrong there are seen more often until the next; and the model is left as the sparsest of them that met the
     constraint, or as the last if none did.
     """
-    model.train()
-    phase = "sparse" if geco else "dense"
+    phase, edges = "sparse" if geco else "dense", allowed_edges(model.config)
     order = torch.Generator().manual_seed(seed)    # which sums come when
     torch.manual_seed(seed)                        # the gates (see sample_gates)
-    # A short memory of squared gradients, 0.95: a gate that drops a needed edge makes a spike, and at 0.999 the
-    # spikes of the last thousand steps would scale away the small, steady pull on the gates of idle edges.
-    # eps 1e-5 holds back weights that have almost no gradient, where Adam would make steps of pure noise.
-    # A gate that is sure has no gradient and would stay so for good, open without need or shut in error. The decay of
-    # c_attn, strong in the sparse phase, pulls scores back: a gate stays sure only while its edge is needed. (Too
-    # strong a decay leaves q k^T rank one: what opens a needed edge then opens others with it.)
-    of_scores = [p for name, p in model.named_parameters() if name.endswith("c_attn.weight")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("c_attn.weight")]
-    optimizer = torch.optim.AdamW([{"params": of_scores, "weight_decay": SCORE_DECAY[phase]},
-                                   {"params": others, "weight_decay": 0.01}],
-                                  lr=lr, betas=(0.9, 0.95), eps=1e-5 if geco else 1e-8, fused=True)
+    optimizer = adamw(model, phase, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps)))    # warm-up, cosine down to a tenth
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if geco else None    # each tenth step
-    history, best, weights, wrong = [], math.inf, None, torch.tensor([], dtype=torch.long)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))   # updated each tenth step
+    history, fewest, weights, wrong = [], math.inf, None, []
     bar = tqdm(range(1, steps + 1), desc=f"{phase:6}", mininterval=0.5)
+    model.train()
     for step in bar:
         rows = torch.randint(len(idx), (batch_size,), generator=order)
         if len(wrong):    # a quarter of them: a mean over all would let a small class of sums be given up for good
             rows[::4] = wrong[torch.randint(len(wrong), (len(rows[::4]),), generator=order)]
         out = model(idx[rows], targets[rows])
-        loss, row = out.loss, {"step": step, "ce": out.loss.item()}
+        row = {"step": step, "ce": out.loss.item()}
         if not math.isfinite(row["ce"]):
             raise FloatingPointError(f"the cross-entropy is {row['ce']} at {phase} step {step}\n"
                                      "take a larger --tau, or another --seed")
-        if geco:
-            edges = out.expected_edges.mean()
-            loss = geco.objective(edges, out.loss)
-            row |= {"lam": geco.lam, "expected": edges.item() * allowed_edges(model.config)}
-            geco.update(min(row["ce"], 2 * geco.tau))    # one unlucky draw of the gates must not throw lam about
-            row["c_bar"] = geco.average
+        share = out.expected_edges.mean()
+        loss = geco.objective(share, out.loss) if geco else out.loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        status = f"CE {row['ce']:.4f}"
         if geco:
-            status += f", lam {row['lam']:.3f}, edges {row['expected']:.1f}"
+            row |= geco.step(row["ce"], share.item() * edges)    # of this batch, wrong sums included
             if step % 10 == 0 or step == steps:
                 averaged.update_parameters(model)
             if step % eval_every == 0 or step == steps:
-                row |= evaluate(averaged.module, idx, targets)
-                wrong = row.pop("wrong")
-                if meets_constraint(row, geco.tau) and row["active"] < best:
-                    best, weights = row["active"], copy.deepcopy(averaged.module.state_dict())
+                found, is_wrong = evaluate(averaged.module, idx, targets)
+                row, wrong = row | found, is_wrong.nonzero()[:, 0]
+                if meets_constraint(found, geco.tau) and found["active"] < fewest:
+                    fewest, weights = found["active"], copy.deepcopy(averaged.module.state_dict())
         history.append(row)
-        bar.set_postfix_str(status, refresh=False)
+        bar.set_postfix({name: f"{row[name]:.4g}" for name in ("ce", "lam", "expected") if name in row}, refresh=False)
     if geco:
         model.load_state_dict(weights or averaged.module.state_dict())
         if not weights:
             print(f"no evaluation met CE <= {geco.tau} with {MIN_ACCURACY:.1%} of the training sums right: "
-                  "keeping the last model")
+                  "keeping the last average")
     return history
 
 
 def toy_geco(tau, rate=0.01):
-    """Edges are a share here: at lam = 1, an edge is worth 1 / allowed_edges nats. The rate is per tau, lest a small
-    tau be slow; the gain damps: both together triple a lam below its ceiling within about 40 steps where the loss stays
-    tau too high. The ceiling is low: sampled gates keep lam there for thousands of steps, and above 1 idle edges hardly
-    go meanwhile.
+    """Edges are a share here: at lam = 1, an edge is worth 1 / allowed_edges nats. rate: Geco's, times tau, so that a
+    small tau is not slow. Where C stays at tau, rate and gain together triple lam in about 40 steps. The ceiling is
+    low: sampled gates keep lam there for thousands of steps, and with a larger one idle edges hardly go.
     """
-    return Geco(tau, rate=rate / tau, decay=0.95, lam_range=(0.01, 1.0), gain=1 / tau)
+    return Geco(tau, rate=rate / tau, decay=0.95, lam_range=(0.01, 1.0), gain=1 / tau, most=tau)
 
 
 def find_carry_edge(model, idx, train_rows, held_out):
@@ -165,7 +162,7 @@ def find_carry_edge(model, idx, train_rows, held_out):
     without a carry from the units. Returns ((layer, head, key), the share of held-out sums with a carry in which
     it is open, the same without a carry).
     """
-    tens = idx.shape[1] - 2
+    tens = idx.shape[1] - 2    # in both layouts: the second of three slots, the last but one of five
 
     def shares(rows):
         is_open = (model.attention_maps(idx[rows])[..., tens, :] > 0).float()         # (L,N,H,T)
@@ -203,47 +200,44 @@ def run(args):
     idx, targets = addition_data(args.layout)
     train_rows, held_out = split()
     config = toy_config(args.layout)
+    edges = allowed_edges(config)
     dense = GPT(config, generator=torch.Generator().manual_seed(args.seed))
-    print(f"{sum(p.numel() for p in dense.parameters()):,} parameters, {allowed_edges(config)} allowed edges per "
+    print(f"{sum(p.numel() for p in dense.parameters()):,} parameters, {edges} allowed edges per "
           f"sum, tau {args.tau} nats per digit, seed {args.seed}, {torch.get_num_threads()} CPU threads, "
           f"output in {args.out}")
-    known = idx[train_rows], targets[train_rows]
-    dense_history = train(dense, *known, args.dense_steps, lr=3e-3, seed=args.seed, batch_size=128)
-    sparse = GPT(dataclasses.replace(config, gated=True, gate_bias=args.gate_bias))
-    sparse.load_state_dict(dense.state_dict())
-    sparse_history = train(sparse, *known, args.steps, lr=1e-3, seed=args.seed, geco=toy_geco(args.tau, args.rate))
+    training = idx[train_rows], targets[train_rows]
+    dense_history = train(dense, *training, args.dense_steps, lr=3e-3, seed=args.seed, batch_size=128)
+    sparse = copy.deepcopy(dense)
+    sparse.set_gates(True, args.gate_bias)
+    history = train(sparse, *training, args.steps, lr=1e-3, seed=args.seed, geco=toy_geco(args.tau, args.rate))
 
-    models, evaluations = {"dense": dense, "sparse": sparse}, [row for row in sparse_history if "hard_ce" in row]
-    found = {name: evaluate(model, idx[held_out], targets[held_out]) for name, model in models.items()}
+    models, evaluations = {"dense": dense, "sparse": sparse}, [row for row in history if "hard_ce" in row]
+    dense_found, sparse_found = (evaluate(model, idx[held_out], targets[held_out])[0] for model in models.values())
     (layer, head, key), with_carry, without = find_carry_edge(sparse, idx, train_rows, held_out)
-    summary = {
-        "seed": args.seed, "layout": args.layout, "tau": args.tau, "gate_bias": args.gate_bias, "rate": args.rate,
-        "dense_accuracy": found["dense"]["accuracy"], "sparse_accuracy": found["sparse"]["accuracy"],
-        "dense_ce": found["dense"]["hard_ce"], "sparse_ce": found["sparse"]["hard_ce"],
-        "active_edges_per_example": found["sparse"]["active"], "allowed_edges": allowed_edges(config),
-        "active_share": found["sparse"]["active"] / allowed_edges(config),
-        "expected_edges_per_example": found["sparse"]["eval_expected"],
-        "carry_edge": f"layer {layer}, head {head}, tens slot to position {key}",
-        "constraint_met": any(meets_constraint(row, args.tau) for row in evaluations),
-        "carry_edge_with_carry": with_carry, "carry_edge_without_carry": without,
-    }
+    carry_edge = f"layer {layer}, head {head}, tens slot to position {key}"
     for name, model in models.items():
         save_checkpoint(model, os.path.join(args.out, f"{name}.pt"), layout=args.layout)
     draw_attention(attention_rows(models, args.layout), config.causal, "Two-digit addition: where each position reads "
                    "from, dense beside sparse attention", os.path.join(args.out, "addition.png"))
     write_csv(os.path.join(args.out, "log.csv"), evaluations)
-    draw_training(dense_history, sparse_history, args.tau, os.path.join(args.out, "training.png"))
-    summary["seconds"] = round(time.time() - started, 1)
-    write_json(os.path.join(args.out, "summary.json"), summary)
+    draw_training(dense_history, history, args.tau, os.path.join(args.out, "training.png"))
+    seconds = round(time.time() - started, 1)
+    write_json(os.path.join(args.out, "summary.json"), {
+        **vars(args), "dense_accuracy": dense_found["accuracy"], "sparse_accuracy": sparse_found["accuracy"],
+        "dense_ce": dense_found["hard_ce"], "sparse_ce": sparse_found["hard_ce"], "allowed_edges": edges,
+        "active_edges_per_example": sparse_found["active"], "active_share": sparse_found["active"] / edges,
+        "expected_edges_per_example": sparse_found["eval_expected"], "carry_edge": carry_edge,
+        "carry_edge_with_carry": with_carry, "carry_edge_without_carry": without,
+        "constraint_met": any(meets_constraint(row, args.tau) for row in evaluations), "seconds": seconds})
 
     print(f"\non the {len(held_out)} held-out sums    dense     sparse (hard gates)")
-    print(f"right in every digit       {found['dense']['accuracy']:7.2%}   {found['sparse']['accuracy']:7.2%}")
-    print(f"cross-entropy, nats        {found['dense']['hard_ce']:7.4f}   {found['sparse']['hard_ce']:7.4f}")
-    print(f"active edges per sum       {allowed_edges(config):7.2f}   {found['sparse']['active']:7.2f}   "
-          f"({summary['active_share']:.1%} of {allowed_edges(config)})")
+    print(f"right in every digit       {dense_found['accuracy']:7.2%}   {sparse_found['accuracy']:7.2%}")
+    print(f"cross-entropy, nats        {dense_found['hard_ce']:7.4f}   {sparse_found['hard_ce']:7.4f}")
+    print(f"active edges per sum       {edges:7.2f}   {sparse_found['active']:7.2f}   "
+          f"({sparse_found['active'] / edges:.1%} of {edges})")
     name = "carry edge" if abs(with_carry - without) > 0.5 else "no carry edge; the nearest to one"
-    print(f"{name} ({summary['carry_edge']}): open in {with_carry:.1%} of the sums with a carry from the "
-          f"units, in {without:.1%} of those without\n{summary['seconds']} s; pictures and checkpoints in {args.out}")
+    print(f"{name} ({carry_edge}): open in {with_carry:.1%} of the sums with a carry from the "
+          f"units, in {without:.1%} of those without\n{seconds} s; pictures and checkpoints in {args.out}")
 
 
 def main():
@@ -255,7 +249,7 @@ def main():
         ("--out", str, "runs/addition", "folder for pictures, checkpoints and summary.json"),
         ("--tau", between(float, 1e-6, 10.0), 0.03, "target cross-entropy, nats per answer digit"),
         ("--gate-bias", between(float, 0, 100.0), 2.0, "b: how far open the gates start"),
-        ("--rate", between(float, 1e-6, 10.0), 0.01, "tau times kappa: how fast lambda answers"),
+        ("--rate", between(float, 1e-6, 10.0), 0.01, "Geco's rate times tau: how fast lambda answers"),
         ("--dense-steps", between(int, 1, 10**7), 2500, "training steps without gates"),
         ("--steps", between(int, 1, 10**7), 12_000, "training steps with gates"),
     ):

@@ -6,10 +6,11 @@
     python train.py --report RUN --control OTHER_RUN                table and pictures again, no training
     torchrun --standalone --nproc_per_node=4 train.py --tau 3.3     several GPUs
 
-RUN is the folder given by --out. It gets args.json (the options), log.csv (a line per evaluation), last.pt (weights
-and the state of the training), best.pt (the sparsest evaluation whose validation loss met tau), summary.json and three
-pictures; with --init scratch also dense/, the same of the dense training. Losses are cross-entropies in nats per
-token; edges are shares of the allowed ones.
+RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a line
+per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose validation loss
+met tau), summary.json and three pictures; with --init scratch also dense/, the same of the dense training. Losses are
+cross-entropies in nats per token; edges are shares of the allowed ones. tau is asked twice: lambda listens to the CE of
+the training batches, with sampled gates; best.pt needs the validation CE, with hard gates.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed is the run that was not.
@@ -21,57 +22,28 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from extras.data import load
-from extras.encodings import byte_encoding, encoding_of, gpt2_encoding
-from extras.files import UserError, read_weights, write_csv, write_json
-from extras.lora import add_adapters
-from extras.options import parse, settle
-from extras.place import Place
-from extras.report import best_row, check_control, report
 from geco import Geco
-from model import GPT, GPTConfig, allowed_edges, save_checkpoint, sum_over_parts
+from model import GPT, GPTConfig, allowed_edges
+from support.data import batch, byte_encoding, encoding_of, gpt2_encoding, load as load_data, window
+from support.files import UserError, read_json, write_json
+from support.log import Log
+from support.losses import divergence
+from support.options import parser, settle
+from support.place import Place
+from support.report import control_row, report
 
-
-# ---- Data
-
-def window(tokens, start, T):
-    return torch.from_numpy(tokens[start:start + T + 1].astype(np.int64))
-
-
-@lru_cache(maxsize=2)    # a batch may reach into the next epoch
-def epoch_order(windows, seed, epoch):
-    return torch.randperm(windows, generator=torch.Generator().manual_seed(1000 * seed + epoch))
-
-
-def batch(tokens, T, first, count, seed):
-    """Windows number first, first + 1, ... of an endless stream -> idx (B,T) and next tokens (B,T).
-
-    The windows do not overlap; each comes once an epoch, in an order drawn anew for every epoch.
-    """
-    windows, rows = (len(tokens) - 1) // T, []
-    for n in range(first, first + count):
-        start = T * int(epoch_order(windows, seed, n // windows)[n % windows])
-        rows.append(window(tokens, start, T))
-    rows = torch.stack(rows)                                         # (B,T+1)
-    return rows[:, :-1], rows[:, 1:]
-
-
-# ---- Training
 
 @torch.no_grad()
 def evaluate(model, tokens, place, args):
     """Hard gates, the same windows each time -> validation CE in nats per token, active share (L,H)."""
-    T, model_was_training = args.block_size, model.training
+    T, was_training = model.config.block_size, model.training
     model.eval()
     windows = (len(tokens) - 1) // T
     starts = np.linspace(0, windows - 1, min(windows, args.eval_windows)).astype(int) * T
@@ -82,211 +54,192 @@ def evaluate(model, tokens, place, args):
             out = model(rows[:, :-1], rows[:, 1:])
         ce += out.loss.item() * len(part) / len(starts)
         active = active + out.active_edges.cpu().double() * len(part) / len(starts)
-    model.train(model_was_training)
+    model.train(was_training)
     return ce, active
+
+
+def adamw(model, args):
+    """Returns AdamW, without decay on thresholds, and the tensors that move at --score-lr: what makes the scores."""
+    trained = [(name.endswith("gate_bias"), p) for name, p in model.named_parameters() if p.requires_grad]
+    thresholds = [p for is_threshold, p in trained if is_threshold]
+    weights = [p for is_threshold, p in trained if not is_threshold]
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": thresholds, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    return optimizer, [p for block in model.h for p in block.attn.score_weights()] + thresholds
+
+
+@torch.no_grad()
+def optimizer_step(optimizer, lr, scores, score_lr):
+    """A step at the rate lr, in which `scores` move score_lr times as far.
+
+    q and k are two thirds of the rows of GPT-2's c_attn, and AdamW has one rate for a tensor. But its step is
+    proportional to its rate, weight decay included: so this is AdamW with another rate for these rows.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    before = [p.clone() for p in scores] if score_lr != 1 else []
+    optimizer.step()
+    optimizer.zero_grad()
+    for p, old in zip(scores, before):
+        p.copy_(torch.lerp(old, p, score_lr))
+
+
+def stop(log, place, args):
+    """After Ctrl-C: leave what --resume needs."""
+    if place.rank > 0:
+        sys.exit(1)
+    log.save()
+    sys.exit(f"stopped after step {log.step}: the same program with --resume {args.out} goes on")
 
 
 def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
     """Train up to step `steps`, going on from out/last.pt if there is one.
 
-    With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the frozen dense model to stay close
-    to. Leaves out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
+    With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the untouched model, frozen, to stay close
+    to. Leaves (support/log.py) out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
     """
     train_tokens, val_tokens = data
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    for leftover in Path(out).glob("*.tmp") if place.rank == 0 else ():    # of a killed run
-        leftover.unlink()
-    last, step, rows, recent = os.path.join(out, "last.pt"), 0, [], []    # recent: CE since the last row
-    of_step = {"c_bar": math.nan, "lam": geco.lam if geco else math.nan, "expected": math.nan}    # of the last step
-    if os.path.exists(last):
-        weights, state = read_weights(last, merge=False)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
-        step, rows, recent, of_step = (state[name] for name in ("step", "rows", "recent", "of_step"))
-        if geco:
-            geco.load_state_dict(state["geco"])
-        if rows and place.rank == 0:    # killed between last.pt and log.csv
-            write_csv(os.path.join(out, "log.csv"), rows)
-
-    def save():
-        save_checkpoint(model, last, step=step, rows=rows, recent=recent, of_step=of_step,
-                        optimizer=optimizer.state_dict(), geco=geco.state_dict() if geco else {})
-
-    model.train()
-    model.recompute, forward = args.recompute, torch.compile(model) if args.compile else model
-    if place.size > 1:
-        forward = DistributedDataParallel(forward)
-    T, B, micros = args.block_size, args.batch_size, args.grad_accum
-    tokens_per_step, interrupted = T * B * micros * place.size, []
+    T, B, micros = model.config.block_size, args.batch_size, args.grad_accum
+    optimizer, scores = adamw(model, args)
+    log = Log(out, model, optimizer, geco)
+    if place.rank == 0:
+        log.mend()
+    forward = torch.compile(model) if args.compile else model
+    forward = DistributedDataParallel(forward) if place.size > 1 else forward
+    tokens_per_step, first_step, started, interrupted = T * B * micros * place.size, log.step, time.time(), []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))    # Ctrl-C: finish the step, save, stop
-    bar = tqdm(total=steps, initial=step, desc="sparse" if geco else "dense ", disable=place.rank > 0)
-    started, first_step = time.time(), step
-    while True:
-        due = step % args.eval_every == 0 or step == steps
-        if due and place.rank == 0 and not (rows and rows[-1]["step"] == step):    # (resumed: it is there already)
-            ce, active = evaluate(model, val_tokens, place, args)
-            rows.append({"step": step, "tokens": step * tokens_per_step,
-                         "train_ce": float(np.mean(recent)) if recent else math.nan,
-                         **of_step, "val_ce": ce, "active": active.mean().item()}
-                        | {f"active_{l}.{h}": float(share) for (l, h), share in np.ndenumerate(active.numpy())})
-            recent.clear()
-            if geco and rows[-1] is best_row(rows, geco.tau):
-                save_checkpoint(model, os.path.join(out, "best.pt"), step=step)
-            save()
-            write_csv(os.path.join(out, "log.csv"), rows)
+    bar = tqdm(total=steps, initial=log.step, desc="sparse" if geco else "dense ", disable=place.rank > 0)
+    model.train()
+    for step in range(first_step, steps + 1):    # once more than there are steps, to evaluate the last
+        recorded = log.rows and log.rows[-1]["step"] == step             # by the run that this one goes on from
+        if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
+            log.add(step * tokens_per_step, *evaluate(model, val_tokens, place, args))
         if step == steps:
             break
-        for group in optimizer.param_groups:    # warm-up, then constant or a cosine down to a tenth
-            group["lr"] = lr * min((step + 1) / args.warmup, 1.0 if args.schedule == "constant" else
-                                   0.55 + 0.45 * math.cos(math.pi * step / steps))
         torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
-        seen = []
+        seen = torch.zeros(3, dtype=torch.float64)                           # CE, expected and sampled edges
         for micro in range(micros):
             first = ((step * micros + micro) * place.size + place.rank) * B
             idx, targets = (t.to(place.device) for t in batch(train_tokens, T, first, B, args.seed))
-            with forward.no_sync() if place.size > 1 and micro < micros - 1 else nullcontext():
+            synchronise = place.size == 1 or micro == micros - 1
+            with nullcontext() if synchronise else forward.no_sync():
                 with place.autocast():
                     found = forward(idx, targets)
-                    loss = geco.objective(found.expected_edges.mean(), found.loss) if geco else found.loss
-                    if teacher:
-                        loss = loss + args.distill * geco.lam * divergence(teacher, idx, found.logits)
+                    edges = found.expected_edges.mean()
+                    loss = geco.objective(edges, found.loss) if geco else found.loss
+                    if teacher:    # a second loss to keep low, at the CE's price in edges
+                        loss = loss + args.distill * geco.lam * divergence(found.logits, teacher(idx).logits)
                 (loss / micros).backward()
-            seen.append(torch.stack((found.loss, found.expected_edges.mean(), found.active_edges.mean())).detach())
-        seen = torch.stack(seen).cpu().double().mean(0)
-        ce, expected, sampled, stop = place.mean(*seen.tolist(), len(interrupted))
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+            seen += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
+        ce, expected, sampled = place.mean(*seen.tolist())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not (math.isfinite(ce) and math.isfinite(norm)):
             raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
                                      "start anew, in another --out, with a lower --lr")
-        optimizer.step()
-        optimizer.zero_grad()
+        warm, cosine = (step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        optimizer_step(optimizer, lr * min(warm, cosine), scores, args.score_lr)
         status = f"CE {ce:.3f}"
         if geco:
-            lam = geco.lam
-            geco.update(ce)
-            of_step = {"c_bar": geco.average, "lam": lam, "expected": expected}
-            status += (f", Cbar {geco.average:+.3f}, lam {lam:.3g}, "
-                       f"expected {expected:.2%}, sampled {sampled:.2%}")
-        step += 1
-        recent.append(ce)
-        speed = (step - first_step) * tokens_per_step / (time.time() - started)
+            log.last = geco.step(ce, expected)
+            status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
+        log.step = step + 1
+        log.recent.append(ce)
+        speed = (log.step - first_step) * tokens_per_step / (time.time() - started)
         bar.set_postfix_str(f"{status}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
-        if stop:
-            if place.rank == 0:
-                save()
-            bar.close()
-            start = "python" if place.size == 1 else f"torchrun --nproc_per_node={place.size}"
-            how = f"stopped after step {step}: {start} train.py --resume {args.out} goes on"
-            sys.exit(how if place.rank == 0 else 1)
+        if place.any(interrupted):
+            stop(log, place, args)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def divergence(teacher, idx, logits):
-    """KL(teacher || student) in nats per token, mean over the positions of idx (B,T); logits (B,T,V)."""
-    def nats(found, wanted):
-        found, wanted = (F.log_softmax(rows.float(), dim=-1) for rows in (found, wanted))
-        return F.kl_div(found, wanted, log_target=True, reduction="sum")
-
-    with torch.no_grad():
-        wanted = teacher(idx).logits                                 # (B,T,V)
-    return sum_over_parts(nats, logits, wanted) / idx.numel()
-
-
-def run(args):
+def run(args, load, encoding_of, prepare):
     """From the options to the report. What args.out holds already is used, not made again: so a run resumes."""
     place = Place(args.device, args.dtype)
     say = print if place.rank == 0 else lambda *_: None
-    if args.processes not in (None, place.size):
-        raise UserError(f"{args.out} was started by {args.processes} processes, these are {place.size}\n"
-                        f"resume it with torchrun --nproc_per_node={args.processes}")
-    args.processes = place.size
     if args.control:
-        check_control(args, args.control)
-    if place.rank > 0:
-        place.wait()    # until rank 0 has downloaded the model and made the token files
-    if args.init == "scratch":
-        encoding = byte_encoding() if args.data == "stdlib" else gpt2_encoding()
-    else:
-        crop = {"block_size": args.block_size} if args.block_size else {}
-        base = GPT.from_pretrained(args.init, **crop)
-        if base.config.gated:
-            say(f"note: {args.init} has gates: the control drops them" if args.dense else
-                f"note: {args.init} has gates already, and training goes on from them")
-        encoding = encoding_of(base)
-    data = load(args.data, encoding)
-    if place.rank == 0:
-        place.wait()
-    if args.init == "scratch":
-        base = GPT(GPTConfig(args.block_size, encoding.n_vocab, args.layers, args.heads, args.width),
-                   generator=torch.Generator().manual_seed(args.seed))
-    config, args.block_size = base.config, base.config.block_size
-    if args.lora_rank:    # before it goes to the device: frozen weights take half the memory there
-        add_adapters(base, args.lora_rank, args.lora_all, place.dtype, torch.Generator().manual_seed(args.seed))
-    base.to(place.device)
-    T, tokens_per_step = args.block_size, args.block_size * args.batch_size * args.grad_accum * place.size
+        control_row(args, args.control)    # is it one? A mistake is told now, not after hours
+    with place.rank_0_first():    # it downloads the model and makes the token files
+        if args.init == "scratch":
+            encoding = byte_encoding() if args.data == "stdlib" else gpt2_encoding()
+            config = GPTConfig(args.block_size, encoding.n_vocab, args.layers, args.heads, args.width)
+            model = GPT(config, generator=torch.Generator().manual_seed(args.seed))
+        else:
+            model = load(args.init, **{"block_size": args.block_size} if args.block_size else {})
+            encoding = encoding_of(model)
+        data = load_data(args.data, encoding)
+    prepare(model, args)
+    model.to(place.device).recompute = args.recompute
+    T, edges = model.config.block_size, allowed_edges(model.config)
+    tokens_per_step = T * args.batch_size * args.grad_accum * place.size
     if min(len(tokens) for tokens in data) <= T:
-        raise UserError(f"{args.data} has too few tokens for windows of {T}\n"
-                        "pass more text, or a smaller --block-size")
-    if place.rank == 0:
-        write_json(os.path.join(args.out, "args.json"), vars(args))
-    say(f"{sum(p.numel() for p in base.parameters()):,} parameters, {allowed_edges(config):,} allowed edges "
-        f"per sequence of {T}\n"
+        raise UserError(f"{args.data} has too few tokens for windows of {T}\npass more text, or a smaller --block-size")
+    write_json(os.path.join(args.out, "args.json"), vars(args))
+    steps = args.steps + (args.dense_steps or 0)
+    passes = steps * tokens_per_step / len(data[0])
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {edges:,} allowed edges per sequence of {T}\n"
         f"{place.size} x {place.device}, {str(place.dtype).removeprefix('torch.')}, seed {args.seed}, "
         f"output in {args.out}\n"
         f"{len(data[0]):,} training and {len(data[1]):,} validation tokens, {tokens_per_step:,} tokens per step, "
-        f"one pass = {len(data[0]) / tokens_per_step:,.0f} steps")
-    steps = args.steps + (args.dense_steps if args.init == "scratch" else 0)
-    passes = steps * tokens_per_step / len(data[0])
+        f"{steps:,} steps see every token {passes:.1f} times")
     if passes > 1:
-        say(f"note: {steps:,} steps see every token {passes:.1f} times. A constraint that is met by memorising is not "
-            "met: judge by the validation CE.")
+        say("note: a constraint that is met by memorising is not met: judge by the validation CE")
+    if model.config.gated:
+        how = "the control drops them" if args.dense else "training goes on from them"
+        say(f"note: {args.init} has gates, {how}")
 
     if args.init == "scratch":
         folder = os.path.join(args.out, "dense")
-        if place.rank == 0:
-            os.makedirs(folder, exist_ok=True)
-        fit(base, data, folder, place, args, args.dense_steps, args.dense_lr)
-    if args.base_ce is None:
-        ce, active = evaluate(base, data[1], place, args)
-        args.base_ce, args.base_active = place.mean(ce, active.mean().item())
-        if not math.isfinite(args.base_ce):
-            raise UserError(f"the untouched model's validation CE is {args.base_ce}\nits weights are no good: "
-                            "take another --init" + ", or a lower --dense-lr" * (args.init == "scratch"))
-        if args.tau is None and not args.dense:
-            args.tau = args.base_ce + 0.05
-        if place.rank == 0:
-            write_json(os.path.join(args.out, "args.json"), vars(args))
-    say(f"untouched model: validation CE {args.base_ce:.4f} nats per token; "
-        + ("dense control" if args.dense else f"tau {args.tau:.4f}"))
-    teacher = copy.deepcopy(base).eval() if args.distill else None
-    model, geco = base, None
-    config.gated = not args.dense    # the gates have no parameters: the rest stays
-    if args.gate_bias is not None:
-        config.gate_bias = args.gate_bias
-    if not args.dense:
-        geco = Geco(args.tau, args.lam, args.rate, args.decay)
+        os.makedirs(folder, exist_ok=True)
+        fit(model, data, folder, place, args, args.dense_steps, args.dense_lr)
+    base = untouched(model, data[1], place, args)
+    say(f"untouched model: validation CE {base['ce']:.4f} nats per token; "
+        + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
+    teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.distill else None
+    model.set_gates(not args.dense, args.gate_bias)
+    for block in model.h if args.learn_gate_bias else ():
+        block.attn.gate_bias.requires_grad_()
+    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate, args.decay)
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
     if place.device.type == "cuda":
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if place.rank == 0:
-        report(args.out)
+        report(args.out, None, load, encoding_of)
     if place.size > 1:
         dist.destroy_process_group()
 
 
-def main():
-    parser, args = parse(__doc__.partition("\n\n")[0])
+def untouched(model, tokens, place, args):
+    """The facts of base.json: the untouched model's validation CE and active share, and the tau that follows."""
+    path = os.path.join(args.out, "base.json")
+    if not os.path.exists(path):
+        ce, active = evaluate(model, tokens, place, args)
+        ce, active = place.mean(ce, active.mean().item())
+        if not math.isfinite(ce):
+            raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "
+                            "take another --init, or a lower --dense-lr")
+        tau = None if args.dense else args.tau or ce + 0.05
+        T = model.config.block_size
+        write_json(path, {"ce": ce, "active": active, "tau": tau, "block_size": T,
+                          "edges_per_token": allowed_edges(model.config) / T})
+    return read_json(path)
+
+
+def main(load=GPT.from_pretrained, encoding_of=encoding_of, options=(), prepare=lambda model, args: None):
+    """The command. extras/train_llama.py hands over what loads other models, and has options of its own.
+
+    load(path, **config_overrides) -> model; encoding_of(model) -> its tiktoken encoding; options: further rows for
+    support/options.py; prepare(model, args): what these options do to the model before it goes to the device.
+    """
+    command = parser(__doc__.partition("\n\n")[0], options)
     try:
-        args = settle(parser, args)
+        args = settle(command, command.parse_args())
         if args.report:
-            report(args.report, args.control)
+            report(args.report, args.control, load, encoding_of)
         else:
-            run(args)
+            run(args, load, encoding_of, prepare)
     except (UserError, FloatingPointError, OSError) as error:
-        parser.error(str(error))
+        command.error(str(error))
 
 
 if __name__ == "__main__":

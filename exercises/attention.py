@@ -1,7 +1,7 @@
 """3. The sparse attention layer (30 minutes)
 
     s_ij = q_i . k_j / sqrt(D)
-    A_ij ~ Bernoulli(sigmoid(s_ij + b))         (from gate import sample_gates, or from gates)
+    A_ij ~ Bernoulli(sigmoid(s_ij + b))         (from exercises.gate import sample_gates, or from gates)
     y_i  = sum_j A_ij softmax_j(s_i) v_j
 
 The softmax runs over all allowed keys, open or not, and is not renormalised. With every gate open the layer is

@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 import patching
@@ -11,7 +10,8 @@ def tiny(gated):
     model = GPT(GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=3, n_embd=12, gated=gated, gate_bias=-1.0))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(1 if "ln_" in name and "weight" in name else 0, 0.4)
+            if "gate_bias" not in name:
+                p.normal_(1 if "ln_" in name and "weight" in name else 0, 0.4)
     return model.double().eval()
 
 
@@ -24,27 +24,29 @@ def pairs():
 def test_attribution_is_the_slope_of_patching_a_little(answer):
     """z moved by a hundred-thousandth of the way to its clean value: m moves by as much of the score."""
     model, (clean, corrupt, metric) = tiny(False), pairs()
-    scores, step = answer.head_attribution(model, clean, corrupt, metric), 1e-5
+    scores, step, z = answer.head_attribution(model, clean, corrupt, metric), 1e-5, {}
+    names = patching.nodes(model.config)
     with torch.no_grad():
-        seen, before = patching.run(model, clean)[1], patching.run(model, corrupt)
+        patching.forward(model, clean, write=lambda s, out: z.setdefault(s.start, out))
+        before = metric(model(corrupt).logits)
         for l in range(2):
             for h in range(3):
-                part = slice(4 * h, 4 * h + 4)
+                first = names.index(f"a{l}.h0")    # where the heads of this layer start
 
-                def nudge(place, layer, x):
-                    if (place, layer) == ("heads_out", l):
-                        x = x.clone()
-                        x[..., part] += step * (seen[place, l] - before[1][place, l])[..., part]
-                    return x
+                def nudge(s, out):
+                    if s.start == first:    # (N,H,T,D)
+                        out = out.clone()
+                        out[:, h] += step * (z[first] - out)[:, h]
+                    return out
 
-                slope = (metric(patching.run(model, corrupt, nudge)[0]) - metric(before[0])) / step
+                slope = (metric(patching.forward(model, corrupt, write=nudge)) - before) / step
                 torch.testing.assert_close(scores[:, l, h], slope, rtol=1e-3, atol=1e-5)
     assert scores.abs().max() > 1e-2
 
 
 def test_equal_sentences_score_nothing(answer):
     model, (clean, _, metric) = tiny(False), pairs()
-    assert (answer.head_attribution(model, clean, clean, metric) == 0).all()
+    assert answer.head_attribution(model, clean, clean, metric).eq(0).all()
 
 
 def test_edges_that_open_a_gate_are_missed(answer):

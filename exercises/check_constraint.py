@@ -38,14 +38,24 @@ def test_it_stays_in_its_range_and_comes_back(answer, ce, end):
     assert abs(math.log(geco.lam / end)) == pytest.approx(1)
 
 
-def test_the_value_is_averaged_and_the_gradient_is_not(answer):
-    geco = answer.Geco(2.0, lam=3.0, rate=1e-9, decay=0.5)
-    geco.update(2.4)
-    edges, ce = torch.tensor(0.25, requires_grad=True), torch.tensor(9.0, requires_grad=True)
-    loss = geco.objective(edges, ce)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.25 + 3 * 0.4)
-    assert edges.grad.item() == pytest.approx(1) and ce.grad.item() == pytest.approx(3)
+def test_the_objective_is_the_lagrangian(answer):
+    """Before the first update and after some: lam changes, but the average is no part of the objective."""
+    geco = answer.Geco(2.0, lam=3.0, rate=0.5, decay=0.5)
+    for lam in (3.0, 3.0 * math.exp(0.5 * 0.4)):
+        edges, ce = torch.tensor(0.25, requires_grad=True), torch.tensor(9.0, requires_grad=True)
+        loss = geco.objective(edges, ce)
+        loss.backward()
+        assert loss.item() == pytest.approx(0.25 + lam * 7)
+        assert edges.grad.item() == pytest.approx(1) and ce.grad.item() == pytest.approx(lam)
+        geco.update(2.4)
+
+
+def test_update_returns_the_lam_that_the_step_used(answer):
+    geco = answer.Geco(2.0, lam=0.5, rate=0.1, decay=0.0)
+    assert geco.update(3.0) == pytest.approx(0.5)
+    assert geco.update(2.0) == pytest.approx(0.5 * math.exp(0.1))
+    assert geco.update(4.0) == pytest.approx(0.5 * math.exp(0.1))    # C was 0: nothing moved
+    assert geco.lam == pytest.approx(0.5 * math.exp(0.3))
 
 
 @pytest.mark.parametrize("ce", [math.nan, math.inf])

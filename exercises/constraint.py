@@ -3,7 +3,8 @@
 Fewest edges under the constraint CE <= tau. With C = CE - tau (above 0: violated), after every step
     Cbar <- decay Cbar + (1 - decay) C          started at the first C
     lam  <- lam exp(rate Cbar)
-and the loss to backpropagate is edges + lam (CE - tau), with the value of Cbar but the gradient of the CE.
+The loss to backpropagate is the Lagrangian edges + lam (CE - tau). It holds the CE of this very step: the average
+moves lam and nothing else.
 
 Before you write: multiply lam by exp(rate Cbar) 10,000 times with Cbar = 5 and rate = 1. What does a float do? Now
 add rate Cbar to log lam as often, and clamp there. Which sign must Cbar have for lam to fall, and what do the edges
@@ -22,9 +23,12 @@ class Geco:
         raise NotImplementedError
 
     def objective(self, edges, ce):
-        """The scalar to backpropagate: the value is edges + lam Cbar (C itself before the first update)."""
+        """The scalar to backpropagate: edges + lam (ce - tau), with the gradients of both edges and ce."""
         raise NotImplementedError
 
     def update(self, ce):
-        """One step of the two lines above. ce: a plain number; nan or inf raise FloatingPointError."""
+        """One step of the two lines above. ce: a plain number; nan or inf raise FloatingPointError.
+
+        Returns the lam that this step's objective used: the one before the update.
+        """
         raise NotImplementedError

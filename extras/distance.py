@@ -1,6 +1,6 @@
 """How far back does a model read? Two questions that need distance, dense beside sparse.
 
-    python extras/distance.py --dense A --sparse B --data stdlib [--out runs/distance]
+    python -m extras.distance --dense A --sparse B --data stdlib [--out runs/distance]
 
 context   the cross-entropy of a validation token when only the last c tokens are shown, c = 1, 2, 4, ...: what does
           it gain from the far ones?
@@ -8,23 +8,19 @@ copy      the cross-entropy of a text that was shown before, d tokens back: can 
 
 A and B: GPT-2 names, paths, or checkpoints of ours. Cross-entropies in nats per token, hard gates. Both models and all
 lengths are asked about the same places of the text: the error of sparse - dense is that of the paired difference.
+Shapes: N places, T positions, V vocabulary.
 """
 import argparse
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from extras.compare import load_models, model_options
-from extras.data import load
-from extras.encodings import encoding_of
+from extras.circuits import load_models, model_options
 from extras.figures import draw_distance
-from extras.files import UserError, between, make_folder, write_json
+from extras.tokenizer import encoding_of
+from support.data import load
+from support.files import UserError, between, make_folder, write_json
 
 AT_ONCE = 4096    # tokens in a forward pass
 
@@ -35,9 +31,8 @@ def losses(model, rows, count):
     T, found = rows.shape[1] - 1, []
     for part in rows.split(max(1, AT_ONCE // T)):
         part = part.to(model.wte.weight.device)
-        logits = model.eval()(part[:, :-1]).logits[:, T - count:].float()              # (n,count,V)
-        ce = F.cross_entropy(logits.flatten(0, 1), part[:, -count:].flatten(), reduction="none")
-        found.append(ce.view(-1, count).mean(1).cpu())
+        log_p = model.eval()(part[:, :-1]).logits[:, T - count:].float().log_softmax(-1)     # (n,count,V)
+        found.append(-log_p.gather(2, part[:, -count:, None]).mean((1, 2)).cpu())
     return torch.cat(found).double()
 
 
@@ -48,7 +43,7 @@ def mean_and_error(values):
 
 def rows_of_context(tokens, ends, c):
     """(N,c+1): the token at each end and the c before it."""
-    return torch.from_numpy(np.stack([tokens[end - c:end + 1] for end in ends]).astype(np.int64))
+    return torch.from_numpy(tokens[ends[:, None] + np.arange(-c, 1)].astype(np.int64))
 
 
 def rows_of_copy(tokens, ends, d):
@@ -58,7 +53,7 @@ def rows_of_copy(tokens, ends, d):
 
 def compare(args):
     models = load_models(args)
-    longest = min(args.longest, models["dense"].config.block_size)
+    longest = min(args.longest, *(model.config.block_size for model in models.values()))
     tokens = load(args.data, encoding_of(models["dense"]))[1]
     if len(tokens) <= longest:
         raise UserError(f"{args.data} has too few validation tokens for a context of {longest}\n"
@@ -70,22 +65,22 @@ def compare(args):
                  "copy": {d: (rows_of_copy(tokens, ends, d), d - 1) for d in lengths[1:] if 2 * d <= longest}}
     found = {}
     for question, of_length in questions.items():
-        found[question] = {name: {} for name in (*models, "sparse - dense")}
-        for n, (rows, count) in tqdm(of_length.items(), desc=question):
-            ce = {name: losses(model, rows, count) for name, model in models.items()}
-            for name, values in (ce | {"sparse - dense": ce["sparse"] - ce["dense"]}).items():
-                found[question][name][n] = mean_and_error(values)
+        found[question] = {"dense": {}, "sparse": {}, "sparse - dense": {}}
         print(f"\n{question:10}" + "".join(f"{name:>18}" for name in found[question])
               + "    nats per token, +- standard error")
-        for n in of_length:
-            print(f"{n:<10}" + "".join("{:10.3f} +- {:.3f}".format(*values[n]) for values in found[question].values()))
+        for n, (rows, count) in of_length.items():
+            dense, sparse = (losses(model, rows, count) for model in models.values())
+            for column, ce in zip(found[question].values(), (dense, sparse, sparse - dense)):
+                column[n] = mean_and_error(ce)
+            print(f"{n:<10}" + "".join("{:10.3f} +- {:.3f}".format(*column[n]) for column in found[question].values()),
+                  flush=True)
     write_json(os.path.join(args.out, "distance.json"), vars(args) | found)
     draw_distance(found, os.path.join(args.out, "distance.png"))
     print(f"\ndistance.json and distance.png are in {args.out}")
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python extras/distance.py --dense A --sparse B --data stdlib [options]",
+    parser = argparse.ArgumentParser(usage="python -m extras.distance --dense A --sparse B --data stdlib [options]",
                                      description="What do two models gain from tokens that are far back?")
     model_options(parser)
     parser.add_argument("--data", required=True, help="as --data of train.py; its validation split is read")

@@ -1,223 +1,119 @@
-"""All pictures: numbers come in, a file goes out, and nothing is computed here.
+"""Pictures of circuits, ablations, distances and timings: numbers come in, a file goes out."""
+import contextlib
 
-Colours are told apart in greyscale too: lines differ in style, maps go from white to dark.
-"""
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")    # draws into files, needs no screen
-import matplotlib.pyplot as plt
 from matplotlib.collections import LineCollection
 
-from extras.files import replacing
+from support.figures import plt, save
 
-STYLES = {"dense": dict(color="black", ls="-", lw=2.2, marker="o"),
-          "sparse": dict(color="C1", ls="--", lw=1.6, marker="s")}
-
-
-def save(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
-    plt.close(figure)
+STYLES = {"dense": dict(color="black", ls="-", lw=2.2), "sparse": dict(color="C1", ls="--", lw=1.6)}
+SPEED_STYLES = {"plain": dict(color="C3", ls=":", label="plain definition"),
+                "ours": dict(color="C0", ls="-", label="ours"),
+                "dense": dict(color="black", ls="--", label="fused, dense")}
 
 
-def draw_attention(rows, causal, title, path, size=2.9):
-    """Attention maps side by side (Figures 1 and 2b). size: inches of a map.
-
-    rows: (label, panels) each, and panels (title, weights (T,T) of query times key, queries, keys, boxed) each:
-    queries and keys are the T labels of the axes, boxed draws a frame around every edge that is not 0.
-    """
-    columns = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed",
-                                figsize=(size * columns, size * len(rows) + 1))
-    for row, (label, panels) in zip(axes, rows):
-        for ax, (name, weights, queries, keys, boxed) in zip(row, panels):
-            if causal:    # grey: keys that come later cannot be read
-                weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
-                ax.set_facecolor("0.88")
-            image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-            for i, j in np.argwhere(np.ma.filled(weights, 0) > 0) if boxed else ():
-                ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1))
-            long = max(map(len, keys)) > 1    # words stand upright
-            ax.set_xticks(range(len(keys)), keys, rotation=90 if long else 0, fontsize=8 if long else None)
-            ax.set_yticks(range(len(queries)), queries, fontsize=8)
-            ax.set_title(name, fontsize=10)
-            ax.tick_params(length=0)
-        row[0].set_ylabel(label, fontsize=11)
-    for ax in axes[-1]:
-        ax.set_xlabel("position read", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01, label="attention weight of the edge (boxed: gate open)")
+@contextlib.contextmanager
+def picture(path, title, rows, columns, size, **options):
+    """The axes (rows,columns) to draw on. The picture is written at the end. size: inches; options: of plt.subplots."""
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    yield axes
     figure.suptitle(title)
-    save(figure, path)
-
-
-def draw_training(dense, sparse, tau, path):
-    """The toy's cross-entropy, multiplier and edges over both phases; the gates are switched on at step 0.
-
-    dense, sparse: histories of toy_addition.train, one dict per step.
-    """
-    figure, (ce, lam, edges) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    steps, evaluated = [row["step"] for row in sparse], [row for row in sparse if "hard_ce" in row]
-    at = [row["step"] for row in evaluated]
-    before = [row["step"] - len(dense) for row in dense]
-    ce.semilogy(before, [row["ce"] for row in dense], "0.6", label="dense, batch")
-    ce.semilogy(steps, [row["ce"] for row in sparse], "C0", lw=0.5, label="sampled gates, batch")
-    ce.semilogy(at, [row["hard_ce"] for row in evaluated], "k", lw=1.2, label="hard gates, all training sums")
-    ce.axhline(tau, color="C3", ls="--", label=f"tau = {tau}")
-    ce.set(ylabel="cross-entropy (nats per digit)", ylim=(1e-5, 5))
-    ce.set_title("Two-digit addition: dense, then sparse under GECO")
-    lam.semilogy(steps, [row["lam"] for row in sparse], "C0")
-    lam.set(ylabel="multiplier lambda")
-    edges.semilogy(steps, [row["expected"] for row in sparse], "C0", lw=0.8, label="expected: sum of sigmoid(g)")
-    edges.semilogy(at, [row["active"] for row in evaluated], "k", lw=1.2, label="active, hard gates")
-    edges.set(ylabel="edges per sum", xlabel="step (0: the gates are switched on)")
-    ce.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2)
-    edges.legend(fontsize=8)
-    save(figure, path)
-
-
-def draw_curve(rows, lines, tau, path):
-    """Figure 2a: cross-entropy against active edges, over training.
-
-    rows: those of log.csv; lines: (name, cross-entropy, active share) of the models that are compared.
-    """
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    share = [100 * row["active"] for row in rows]
-    ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training")
-    ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8),
-                ha="right")
-    for (name, ce, active), marker in zip(lines, ("s", "D", "*")):
-        ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none", label=f"{name}: {ce:.3f}")
-    ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}, of the training loss")
-    ax.margins(y=0.12)    # room for the note at the top
-    ax.set(xlabel="active edges (% of the allowed ones, log axis)", ylabel="validation cross-entropy (nats per token)",
-           title="Loss against edges while the gates close")
-    ax.legend(fontsize=8)
-    save(figure, path)
-
-
-def draw_heads(by_head, path):
-    """Share of active edges (L,H) as a map, in percent."""
-    L, H = by_head.shape
-    figure, ax = plt.subplots(figsize=(1.5 + 0.6 * max(H, 6), 1.2 + 0.5 * L), layout="constrained")
-    image = ax.imshow(100 * by_head, cmap="Blues", vmin=0)
-    for l, h in np.ndindex(L, H):
-        percent = 100 * by_head[l, h]
-        ax.text(h, l, f"{percent:.0f}" if percent >= 9.95 else f"{percent:.2g}", ha="center", va="center", fontsize=7,
-                color="w" if by_head[l, h] > 0.6 * by_head.max() else "k")
-    ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L), title="Active edges by head (%)")
-    figure.colorbar(image, ax=ax, label="% of the allowed edges")
     save(figure, path)
 
 
 def draw_effects(found, of, kinds, share, title, path):
-    """Figures 3 and 4a: what `measure` of extras/compare.py found, over the number of heads or edges (of)."""
+    """Figures 3 and 4a: what `measure` of extras/circuits.py found, over the number of heads or edges (of)."""
     what = {"heads": "explained effect", "edges": "share of scores"}[of]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for ax, kind in zip(axes, kinds):
-        for name, f in found.items():
-            y, style = f[f"{what}, {kind}"], dict(STYLES[name], ms=4)
-            label = f"{name}: {what}, {share:.0%} at {f[f'{of}, {kind}']} {of}"
-            if of == "heads":
-                ax.plot(range(len(y)), y, label=label, **style)
-                ax.xaxis.get_major_locator().set_params(integer=True)
-            else:
-                kept = f[f"kept circuit, {kind}"]
-                ax.semilogx(range(1, len(y)), y[1:], label=label, **style | dict(marker=""))
-                ax.semilogx(kept.keys(), kept.values(), label=f"{name}: effect of these edges alone",
-                            **style | dict(ls=":", lw=0.8, mfc="white"))
+    with picture(path, title, 1, 2, (11, 4.5), sharey=True) as axes:
+        for ax, kind in zip(axes[0], kinds):
+            for name, f in found.items():
+                label = f"{name}: {what}, {share:.0%} at {f[f'{of}, {kind}']} {of}"
+                ax.plot(f[f"{what}, {kind}"], label=label, **STYLES[name])
+                if of == "edges":
+                    ax.plot(*zip(*f[f"kept circuit, {kind}"].items()), ":o", color=STYLES[name]["color"], lw=0.8, ms=4,
+                            mfc="white", label=f"{name}: effect of these edges alone")
+            if of == "edges":
+                ax.set_xscale("log", nonpositive="mask")
                 ax.set_ylim(-0.3, 1.5)
-        ax.axhline(share, color="0.6", lw=0.8)
-        ax.set(xlabel=f"number of {of}, best first", title=f"{kind} ranking")
-        ax.legend(fontsize=8)
-    axes[0].set_ylabel("share of m(clean) - m(corrupt)" + (", or of all |scores|" if of == "edges" else ""))
-    figure.suptitle(title)
-    save(figure, path)
+            else:
+                ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.axhline(share, color="0.6", lw=0.8)
+            ax.set(xlabel=f"number of {of}, best first", title=f"{kind} ranking")
+            ax.legend(fontsize=8)
+        axes[0, 0].set_ylabel("share of m(clean) - m(corrupt)" + (", or of all |scores|" if of == "edges" else ""))
 
 
 def draw_circuits(circuits, L, H, total, title, path):
     """Figure 4b: circuits on a grid of heads with the MLPs to the right; width by |score|, dashed below 0.
 
-    circuits: {model: edges (source, destination, score)}, nodes numbered as in patching.nodes; total: edges there are.
+    circuits: {model: (S,S) the scores of its edges, 0 for all others}, as patching.edge_scores orders them; total:
+    edges there are.
     """
-    grid = [(h + 0.5 * (h == H), l + 0.45 * (h == H)) for l in range(L) for h in range(H + 1)]
-    place = [((H - 1) / 2, -1), *grid, ((H - 1) / 2, L)]
-    figure, axes = plt.subplots(1, 2, figsize=(2 * min(4 + H, 9), min(3 + L, 10)), layout="constrained")
-    for ax, (name, edges) in zip(axes, circuits.items()):
-        largest = max((abs(score) for *_, score in edges), default=1)
-        ax.add_collection(LineCollection(
-            [(place[s], place[d]) for s, d, _ in edges], colors="0.2",
-            linewidths=[0.15 + 4 * abs(score) / largest for *_, score in edges],
-            linestyles=["-" if score > 0 else "--" for *_, score in edges]))
-        used = {node for s, d, _ in edges for node in (s, d)}
-        for node, (x, y) in enumerate(place):
-            colour = "0.6" if node in used else "white"
-            ax.plot(x, y, "s" if x > H else "o", ms=9, mec="black", mfc=colour, zorder=3)
-        for text, at, below in (("embedding", place[0], -16), ("logits", place[-1], 9)):
-            ax.annotate(text, at, (0, below), textcoords="offset points", ha="center")
-        ax.set(xlabel="head", ylabel="layer", xlim=(-0.7, H + 1.2), ylim=(-1.6, L + 0.6),
-               title=f"{name}: {len(edges):,} of {total:,} edges")
-        ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
-        ax.set_yticks(range(L))
-    figure.suptitle(title)
-    save(figure, path)
+    middle = (H - 1) / 2
+    layers = [[*((h, l) for h in range(H)), (H + 0.5, l + 0.45)] for l in range(L)]
+    place = np.array([(middle, -1), *sum(layers, []), (middle, L)])                  # (S+1,2) x and y of each node
+    with picture(path, title, 1, 2, (2 * min(4 + H, 9), min(3 + L, 10))) as axes:
+        for ax, (name, scores) in zip(axes[0], circuits.items()):
+            sources, destinations = scores.numpy().nonzero()
+            ends, size = (place[sources], place[destinations + 1]), scores.numpy()[sources, destinations]
+            ax.add_collection(LineCollection(
+                np.stack(ends, 1), colors="0.2", linewidths=0.15 + 4 * abs(size) / abs(size).max(initial=0),
+                linestyles=np.where(size > 0, "-", "--")))
+            ax.scatter(*place.T, s=80, c="white", edgecolors="black", zorder=3)
+            ax.scatter(*np.concatenate(ends).T, s=80, c="0.6", edgecolors="black", zorder=3)
+            ax.set(xlabel="head", ylabel="layer", title=f"{name}: {len(size):,} of {total:,} edges")
+            ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
+            ax.set_yticks(range(-1, L + 1), ["embedding", *range(L), "logits"])
 
 
 def draw_sweeps(results, title, path):
     """Ablations, a column for each: {what: {value: [(active share, CE, ...) of each seed]}}."""
-    figure, axes = plt.subplots(2, len(results), squeeze=False, sharex="col", layout="constrained",
-                                figsize=(1.5 + 2.9 * len(results), 6))
-    for column, (what, found) in zip(axes.T, results.items()):
-        for ax, n, unit in zip(column, (0, 1), (100, 1)):
-            seeds = [[unit * outcome[n] for outcome in outcomes] for outcomes in found.values()]
-            mean = [np.mean(values) for values in seeds]
-            ax.vlines(range(len(seeds)), [min(v) for v in seeds], [max(v) for v in seeds], color="0.6", lw=5)
-            ax.plot(mean, "-o", color="black", label="mean; bar: range of the seeds")
-            ax.margins(x=0.15, y=0.25)    # room for the legend
-        column[0].set_ylim(bottom=0)
-        column[0].set_title(what, fontsize=10)
-        column[1].set_xticks(range(len(found)), found)
-        column[1].set_xlabel("value")
-    axes[0, 0].set_ylabel("active edges (% of the allowed)")
-    axes[1, 0].set_ylabel("cross-entropy (nats)")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(title)
-    save(figure, path)
+    units = ("active edges (% of the allowed)", 100), ("cross-entropy (nats)", 1)
+    with picture(path, title, 2, len(results), (1.5 + 2.9 * len(results), 6), sharex="col") as axes:
+        for column, (what, found) in zip(axes.T, results.items()):
+            for n, (label, unit) in enumerate(units):
+                values = unit * np.array([[seed[n] for seed in outcomes] for outcomes in found.values()])
+                column[n].vlines(range(len(found)), values.min(1), values.max(1), color="0.6", lw=5)
+                column[n].plot(values.mean(1), "-o", color="black", label="mean; bar: range of the seeds")
+                column[n].margins(x=0.15, y=0.25)    # room for the legend
+                axes[n, 0].set_ylabel(label)
+            column[0].set_ylim(bottom=0)
+            column[0].set_title(what, fontsize=10)
+            column[1].set_xticks(range(len(found)), found)
+            column[1].set_xlabel("value")
+        axes[0, 0].legend(fontsize=8)
 
 
 def draw_distance(found, path):
     """CE against the context shown and against the distance to copy from, as extras/distance.py finds them."""
     about = {"context": ("only the last c tokens are shown", "context c (tokens)"),
              "copy": ("a text that was shown d tokens before", "distance d (tokens)")}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for ax, (question, models) in zip(axes, found.items()):
-        for name, style in STYLES.items():
-            of_length = models[name]
-            ax.errorbar(list(of_length), [ce for ce, _ in of_length.values()], [e for _, e in of_length.values()],
-                        label=name, capsize=2, **style | dict(ms=4))
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(list(of_length), [str(n) for n in of_length])
-        ax.set(title=about[question][0], xlabel=about[question][1])
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("cross-entropy (nats per token)")
-    axes[0].legend()
-    figure.suptitle("What far tokens are worth, dense beside sparse; bars: standard error")
-    save(figure, path)
+    title = "What far tokens are worth, dense beside sparse; bars: standard error"
+    with picture(path, title, 1, 2, (10, 4)) as axes:
+        for ax, (question, models) in zip(axes[0], found.items()):
+            for name, style in STYLES.items():
+                ce, error = zip(*models[name].values())
+                ax.errorbar(list(models[name]), ce, error, label=name, capsize=2, marker="o", ms=4, **style)
+            lengths_axis(ax, models["dense"], *about[question])
+        axes[0, 0].set_ylabel("cross-entropy (nats per token)")
+        axes[0, 0].legend()
 
 
 def draw_speed(rows, title, path):
-    """Time and memory against length, all axes logarithmic. rows: {T: {name: (seconds, bytes)}} of extras/bench.py."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    styles = {"plain": ("C3", ":", "plain definition"), "ours": ("C0", "-", "ours"),
-              "dense": ("k", "--", "fused, dense")}
-    for name, (color, line, label) in styles.items():
-        for ax, n, unit in ((axes[0], 0, 1e3), (axes[1], 1, 1 / 2**20)):
-            shown = [(T, found[name][n] * unit) for T, found in rows.items() if name in found]
-            ax.loglog(*zip(*shown), line, marker="o", color=color, label=label, base=2)
-    for ax, label in zip(axes, ("forward and backward (ms)", "peak memory above the inputs (MiB)")):
-        ax.set(xlabel="length T", ylabel=label)
-        ax.set_xticks(list(rows), [str(T) for T in rows])
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(title)
-    save(figure, path)
+    """Time and memory against length, all axes logarithmic. rows: {T: {name: (seconds, bytes)}}, nan: not measured."""
+    units = ("forward and backward (ms)", 1e3), ("peak memory above the inputs (MiB)", 2**-20)
+    with picture(path, title, 1, 2, (10, 4)) as axes:
+        for n, (ax, (label, unit)) in enumerate(zip(axes[0], units)):
+            for name, style in SPEED_STYLES.items():
+                ax.plot(list(rows), [unit * found[name][n] for found in rows.values()], marker="o", **style)
+            ax.set_yscale("log", base=2)
+            lengths_axis(ax, rows, label, "length T")
+        axes[0, 0].legend()
+
+
+def lengths_axis(ax, lengths, title, label):
+    """The x axis is logarithmic and names every length."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(lengths), list(lengths))
+    ax.set(title=title, xlabel=label)
+    ax.grid(alpha=0.3)

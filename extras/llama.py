@@ -1,6 +1,6 @@
 """The Llama family (Llama, SmolLM2, OLMo) on the same gates: only what differs from model.py.
 
-    model = GPT.from_pretrained(FOLDER, gated=True)      # finds this file by itself, from FOLDER/config.json
+    model = load_model(FOLDER, gated=True)      # Hugging Face's folder of such a model, or a checkpoint made from it
 
 RMSNorm (OLMo: LayerNorm without parameters), rotary positions instead of learned ones, several query heads to one
 key and value head, SwiGLU, and a head that may be tied. Edges are counted per query head. What has a name in model.py
@@ -10,39 +10,39 @@ Shapes as in model.py, and G key/value heads, M the MLP's hidden width.
 """
 import dataclasses
 import math
+import os
 from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras.files import UserError
-from model import GPT, Block, SelfAttention
+from extras.lora import merged
+from model import GPT, Block, GPTConfig, SelfAttention
+from support.files import UserError
+from support.weights import GPT2_SHA256, fetch_gpt2, read_weights
 
 
 @dataclasses.dataclass
-class LlamaConfig:
-    block_size: int           # most positions
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_kv_head: int            # G, each serves n_head / G query heads
-    n_hidden: int             # M
+class LlamaConfig(GPTConfig):
+    n_kv_head: int = 12       # G, each serves n_head / G query heads
+    n_hidden: int = 2048      # M
     norm: str = "rms"         # or "layer": OLMo's, without parameters
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5    # of RMSNorm
     rope_theta: float = 10000.0
     rope_scaling: Optional[dict] = None    # Llama 3's
     tied: bool = True         # the output head is the embedding
-    causal: bool = True
-    gated: bool = False
-    gate_bias: float = 2.0
+
+
+SIZES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "block_size": "max_position_embeddings",
+         "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_hidden": "intermediate_size",
+         "n_kv_head": "num_key_value_heads"}    # and their names in Hugging Face's config.json
 
 
 def norm(config):
     if config.norm == "rms":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False)
 
 
 def rotary_frequencies(config, device=None):
@@ -64,6 +64,12 @@ def rotate(x, frequencies):
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1).to(x.dtype)
 
 
+def project_copies(x, weight):
+    """x (B,H,T,C), one for each query head, by the weight (G,D,C) of the head that it shares -> (B,H,T,D)."""
+    x = x.unflatten(1, (len(weight), -1))                                            # (B,G,H/G,T,C)
+    return torch.einsum("bgstc,gdc->bgstd", x, weight).flatten(1, 2)
+
+
 class LlamaAttention(SelfAttention):
     def __init__(self, config):
         nn.Module.__init__(self)
@@ -73,13 +79,26 @@ class LlamaAttention(SelfAttention):
         self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.c_proj = nn.Linear(C, C, bias=False)
+        self.gate_bias = None
 
     def heads(self, x):
-        """x (B,T,C) -> q, k, v, each (B,H,T,D): rotated, and each key and value head once for every query head."""
-        D, share = x.shape[-1] // self.config.n_head, self.config.n_head // self.config.n_kv_head
-        q, k, v = (p(x).unflatten(-1, (-1, D)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        f = rotary_frequencies(self.config, x.device)
+        """x (B,T,C), or (B,H,T,C) with a copy for each query head -> q, k, v, each (B,H,T,D), q and k rotated.
+
+        A query head's k and v are those of the head that it shares with others: the same for all of them, or with
+        copies made from its own.
+        """
+        D, f = self.config.n_embd // self.config.n_head, rotary_frequencies(self.config, x.device)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if x.ndim == 3:
+            q, k, v = (p(x).unflatten(2, (-1, D)).transpose(1, 2) for p in projections)
+        else:
+            q, k, v = (project_copies(x, p.weight.unflatten(0, (-1, D))) for p in projections)
+        share = q.shape[1] // k.shape[1]
         return rotate(q, f), rotate(k, f).repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+
+    def score_weights(self):
+        """What makes the scores, as far as it is trained: all of q's and k's projections."""
+        return [p for part in (self.q_proj, self.k_proj) for p in part.parameters() if p.requires_grad]
 
 
 class SwiGLU(nn.Module):
@@ -101,25 +120,25 @@ class LlamaBlock(Block):
 
 
 class Llama(GPT):
-    """GPT's forward pass, attention_maps and generate, around other parts."""
+    """GPT's forward pass and attention_maps, around other parts."""
     Config = LlamaConfig
 
     def __init__(self, config, generator=None):
         nn.Module.__init__(self)
-        sizes = [getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd",
-                                                    "n_kv_head", "n_hidden")]
-        if min(sizes) < 1 or config.n_embd % (2 * config.n_head) or config.n_head % config.n_kv_head:
+        C, H = config.n_embd, config.n_head
+        if min(getattr(config, name) for name in SIZES) < 1 or C % (2 * H) or H % config.n_kv_head:
             raise UserError(f"no Llama has these sizes: {config}\n"
                             "expected n_embd a multiple of 2 n_head, and n_head one of n_kv_head")
         self.config, self.notes, self.recompute = config, {}, False
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, C)
         self.h = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
         self.ln_f = norm(config)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
+        self.set_gates(config.gated)
 
     def embed(self, idx):
         self.check_length(idx)
@@ -131,28 +150,40 @@ class Llama(GPT):
     @staticmethod
     def from_layout(tensors, hf, path, n_head=None):
         """As in GPT. Refuses what is not implemented here, by its name in config.json."""
-        refuse_unknown(hf, path)
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-        H, tied = hf["num_attention_heads"], hf.get("tie_word_embeddings", False)
-        kind = NORMS[hf["architectures"][0]]
-        fields = dict(
-            block_size=hf["max_position_embeddings"], vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"],
-            n_head=H, n_embd=hf["hidden_size"], n_kv_head=hf.get("num_key_value_heads") or H,
-            n_hidden=hf["intermediate_size"], norm=kind,
-            norm_eps=hf.get("rms_norm_eps") or 1e-6 if kind == "rms" else 1e-5,
-            rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0, tied=tied,
-            rope_scaling=rope if rope_type(rope) == "llama3" else None)
-        found = {}
-        for name, t in tensors.items():
-            for theirs, ours in NAMES:
-                name = name.replace(theirs, ours)
-            if not name.endswith("rotary_emb.inv_freq"):    # old checkpoints store this constant
-                found[name] = t
-        head = found.pop("lm_head.weight", None) if tied else None
-        if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
+        given = {key: value for key, value in hf.items() if value is not None}
+        hf = {"num_key_value_heads": hf.get("num_attention_heads"), "rms_norm_eps": 1e-6,
+              "rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **given}
+        for key, fine, expected in checks(hf):
+            if not fine:
+                raise UserError(f"{path}: config.json has {key}={hf.get(key)}\n{expected}")
+        fields = {ours: hf[theirs] for ours, theirs in (SIZES | OTHERS).items()}
+        fields |= {"norm": NORMS[hf["architectures"][0]], "rope_scaling": rope if LLAMA3 <= rope.keys() else None}
+        found = {name: t for name, t in tensors.items() if not name.endswith("inv_freq")}    # an old file's constant
+        for theirs, ours in NAMES:
+            found = {name.replace(theirs, ours): t for name, t in found.items()}
+        wte = found.get("wte.weight")
+        if fields["tied"] and wte is not None and not torch.equal(found.pop("lm_head.weight", wte), wte):
             raise UserError(f"{path}: its head is not its embedding, though config.json says so\n"
                             "expected lm_head.weight = embed_tokens.weight")
         return found, fields
+
+
+def load_model(name_or_path, **config_overrides):
+    """GPT.from_pretrained for both families, and for what adapters (extras/lora.py) have trained.
+
+    name_or_path: what GPT takes; a folder or file in the layout of Hugging Face's Llama family; a checkpoint of either.
+    A tokenizer.json beside Hugging Face's weights is noted, so that extras/tokenizer.py finds it.
+    """
+    path = fetch_gpt2(name_or_path) if name_or_path in GPT2_SHA256 else os.fspath(name_or_path)
+    tensors, meta = read_weights(path)
+    hf = meta.get("config.json", {})
+    family = hf.get("architectures") or hf.get("model_type") or "gpt2"
+    is_gpt = "gpt2" in str(family).lower() and "n_kv_head" not in meta.get("config", {})
+    beside = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "tokenizer.json")
+    if "config" not in meta and os.path.exists(beside):
+        meta["tokenizer"] = os.path.abspath(beside)
+    return (GPT if is_gpt else Llama).from_tensors(merged(tensors), meta, path, **config_overrides)
 
 
 # ---- Hugging Face's names
@@ -161,37 +192,24 @@ NORMS = {"LlamaForCausalLM": "rms", "OlmoForCausalLM": "layer"}
 NAMES = (("model.embed_tokens.", "wte."), ("model.layers.", "h."), ("model.norm.", "ln_f."),
          (".input_layernorm.", ".ln_1."), (".post_attention_layernorm.", ".ln_2."),
          (".self_attn.o_proj.", ".attn.c_proj."), (".self_attn.", ".attn."))
-
-
+OTHERS = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tied": "tie_word_embeddings"}
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None, "partial_rotary_factor": 1}
 LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
-def rope_type(rope):
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def refuse_unknown(hf, path):
-    architecture = (hf.get("architectures") or ["no architecture"])[0]
-    if architecture not in NORMS:
-        raise UserError(f"{path}: config.json names {architecture}\n"
-                        f"expected GPT-2's layout, or one of {', '.join(NORMS)}")
-    needed = ("hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size", "num_hidden_layers",
-              "intermediate_size")
-    for key in needed:
-        if not isinstance(hf.get(key), int) or hf[key] < 1:
-            raise UserError(f"{path}: config.json has {key}={hf.get(key)}\nexpected a number of 1 or more")
-    for key in ("num_key_value_heads", "rope_theta", "rms_norm_eps"):    # these may be left out
-        if not isinstance(hf.get(key) or 1, (int, float)):
-            raise UserError(f"{path}: config.json has {key}={hf[key]}\nexpected a number")
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None,
-            "partial_rotary_factor": 1.0, "head_dim": hf["hidden_size"] // hf["num_attention_heads"]}
-    for key, value in only.items():
-        if hf.get(key) not in (None, value):
-            raise UserError(f"{path}: config.json has {key}={hf[key]}\nonly {key}={value} is implemented here")
+def checks(hf):
+    """Entries of a config.json: (key, is it implemented here?, what is expected)."""
+    architecture = (hf.get("architectures") or [None])[0]
+    yield "architectures", architecture in NORMS, f"expected GPT-2's layout, or one of {', '.join(NORMS)}"
+    for key in SIZES.values():
+        yield key, isinstance(hf.get(key), int) and hf[key] >= 1, "expected a number of 1 or more"
+    for key in ("rope_theta", "rms_norm_eps"):
+        yield key, isinstance(hf[key], (int, float)), "expected a number"
+    for key, value in {**ONLY, "head_dim": hf["hidden_size"] // hf["num_attention_heads"]}.items():
+        yield key, hf.get(key, value) == value, f"only {key}={value} is implemented here"
     for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key) or {}
-        wanted = {"default": set(), "llama3": LLAMA3}.get(rope_type(rope))
-        given = rope.keys() - {"type", "rope_type"}
-        if given - {"rope_theta"} != wanted or not all(isinstance(rope[name], (int, float)) for name in given):
-            raise UserError(f"{path}: config.json has {key}={rope}\nonly Llama 3's is implemented here, with "
-                            f"{', '.join(sorted(LLAMA3))}")
+        rope = hf.get(key, {})
+        words = {name for name, x in rope.items() if not isinstance(x, (int, float))}
+        wanted = {"default": set(), "llama3": LLAMA3}.get(rope.get("rope_type", rope.get("type", "default")))
+        fine = words <= {"type", "rope_type"} and rope.keys() - words - {"rope_theta"} == wanted
+        yield key, fine, f"only Llama 3's is implemented here, with {', '.join(sorted(LLAMA3))}"

@@ -3,8 +3,8 @@
     add_adapters(model, rank=8)             # x W' becomes x W' + (x A') B' in every q and k; only A and B are trained
     tensors = merged(model.state_dict())    # the same model as an ordinary state dict, with W + B A
 
-The frozen weights can be kept in bfloat16. Reading a checkpoint merges, so that those of a run with adapters are
-ordinary ones to all that read them.
+The frozen weights can be kept in bfloat16. extras/llama.py's load_model merges, so that the checkpoints of a run with
+adapters are ordinary ones to all that read them through it.
 """
 import math
 
@@ -20,10 +20,10 @@ class Adapted(nn.Module):
 
     def __init__(self, linear, rank, rows, generator=None):
         super().__init__()
-        self.linear, weight = linear, linear.weight
-        a = torch.randn(rank, weight.shape[1], generator=generator) / math.sqrt(weight.shape[1])
-        self.a = nn.Parameter(a.to(weight.device))
-        self.b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        self.linear, device, width = linear, linear.weight.device, linear.in_features
+        a = torch.randn(rank, width, generator=generator) / math.sqrt(width)
+        self.a = nn.Parameter(a.to(device))
+        self.b = nn.Parameter(torch.zeros(rows, rank, device=device))
 
     def forward(self, x):
         y = self.linear(x)
@@ -42,18 +42,18 @@ def add_adapters(model, rank, everything=False, dtype=torch.float32, generator=N
             module.to(dtype)
             parent, _, kind = name.rpartition(".")
             if everything or kind in QUERY_KEY:
-                rows = len(module.weight) * 2 // 3 if kind == "c_attn" and not everything else len(module.weight)
+                rows = module.out_features * (2 if kind == "c_attn" and not everything else 3) // 3
                 setattr(model.get_submodule(parent), kind, Adapted(module, rank, rows, generator))
     return model
 
 
 def merged(tensors):
-    """A state dict with adapters -> the same model's without, in float32. An ordinary one stays as it is."""
-    plain = {name: t for name, t in tensors.items() if not name.endswith((".a", ".b"))}
-    for at in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
-        for kind in ("weight", "bias"):
-            if f"{at}.linear.{kind}" in plain:
-                plain[f"{at}.{kind}"] = plain.pop(f"{at}.linear.{kind}")
-        weight, change = plain[f"{at}.weight"].float(), tensors[f"{at}.b"].float() @ tensors[f"{at}.a"].float()
+    """A state dict with adapters -> the same model's without. All in float32, where a small change is not rounded."""
+    plain = {name: t.float() for name, t in tensors.items()}
+    for at in [name.removesuffix(".a") for name in plain if name.endswith(".a")]:
+        change = plain.pop(f"{at}.b") @ plain.pop(f"{at}.a")                         # (rows,in)
+        weight = plain.pop(f"{at}.linear.weight")                                    # (out,in)
         plain[f"{at}.weight"] = weight + F.pad(change, (0, 0, 0, len(weight) - len(change)))
-    return {name: t.float() for name, t in plain.items()} if plain.keys() != tensors.keys() else plain
+        if f"{at}.linear.bias" in plain:
+            plain[f"{at}.bias"] = plain.pop(f"{at}.linear.bias")
+    return plain

@@ -1,19 +1,23 @@
-"""The tasks of patching.py: sentences in pairs, and what counts as the right answer (Figures 3 to 5 of the paper).
+"""The tasks of extras/circuits.py: sentences in pairs, and what counts as the right answer (Figures 3 to 5).
 
     clean, corrupt, metric = ioi(100, seed=0)      # tokens (N,T) each, and metric(logits (N,T,V)) -> (N)
 
 All sentences of a task are equally long, so that they fit one batch. `encoding` is a tiktoken.Encoding, by default
 GPT-2's. The metrics are partials of the three functions below, with arguments of one row a pair: see `select`.
+Shapes: N pairs, T positions, V vocabulary, K wrong answers.
 """
 import functools
 
 import numpy as np
 import torch
 
-from extras.encodings import encoding_of, gpt2_encoding
-from extras.files import UserError
+from extras.tokenizer import encoding_of
+from support.data import gpt2_encoding
+from support.files import UserError
 from toy_addition import ALPHABET, addition_data, split
 
+
+# ---- Metrics
 
 def logit_difference(logits, right, wrong):
     """Logit of the right token (N) minus that of the likeliest wrong one (N,K), at the last position."""
@@ -30,9 +34,11 @@ def tens_difference(logits, right, wrong):
 def later_years(logits, numbers, year):
     """Probability of the two-digit tokens `numbers` (N,100) above `year` (N) minus that of the others."""
     p = torch.softmax(logits[:, -1], -1).gather(1, numbers.to(logits.device))     # (N,100)
-    later = torch.arange(100) > year[:, None]
-    return (p * torch.where(later, 1, -1).to(p.device)).sum(1)
+    sign = torch.where(torch.arange(100) > year[:, None], 1, -1)                  # (N,100)
+    return (p * sign.to(p.device)).sum(1)                                         # (N)
 
+
+# ---- From text to tokens
 
 def one_token(words, encoding, needed):
     """Those of the words that are one token with the space before them."""
@@ -44,12 +50,21 @@ def one_token(words, encoding, needed):
 
 
 def encode(sentences, encoding):
+    """Equally long sentences as tokens (N,T)."""
     rows = [encoding.encode_ordinary(sentence) for sentence in sentences]
     if len({len(row) for row in rows}) > 1:
         raise UserError(f"the sentences of this task are not equally long in the vocabulary {encoding.name}\n"
                         "write templates for it, or take --task copy")
     return torch.tensor(rows)
 
+
+def pairs_of_text(rows, encoding):
+    """What a task returns, from rows of text: a clean and a corrupted sentence, the right word, the wrong words."""
+    clean, corrupt, right, wrong = (encode(column, encoding) for column in zip(*rows))
+    return clean, corrupt, functools.partial(logit_difference, right=right[:, 0], wrong=wrong)
+
+
+# ---- Tasks
 
 NAMES = """Alice Anna Ben Carl Clara David Emma Eric Frank George Grace Helen Henry Jack James Jane John Julia
     Kate Laura Leo Linda Lucy Maria Mark Martin Mary Nick Oliver Paul Peter Rachel Robert Rose Sam Sarah Simon
@@ -58,10 +73,10 @@ PLACES = """airport bakery bank beach bridge castle cinema farm garden harbour h
     market museum office park restaurant school station theatre zoo"""
 OBJECTS = """ball basket bag book bottle camera coin flower gift glass guitar hammer key knife lamp letter map
     necklace newspaper pen phone ring sandwich ticket watch"""
-IOI = ("When{a} and{b} met at the{place},{s} handed the{object} to",
-       "After{a} and{b} came to the{place},{s} passed the{object} to",
-       "While{a} and{b} sat in the{place},{s} lent the{object} to",
-       "Because{a} and{b} work at the{place},{s} brought the{object} to")
+IOI = ("When{} and{} met at the{place},{} handed the{object} to",
+       "After{} and{} came to the{place},{} passed the{object} to",
+       "While{} and{} sat in the{place},{} lent the{object} to",
+       "Because{} and{} work at the{place},{} brought the{object} to")
 
 
 def ioi(n, seed, corruption="abc", encoding=None):
@@ -70,21 +85,16 @@ def ioi(n, seed, corruption="abc", encoding=None):
     A and B, or B and A, at random. corruption "abc": three fresh names; "swap": the subject is A and B right.
     Metric: logit(A) - logit(B).
     """
-    encoding, rng = encoding or gpt2_encoding(), np.random.default_rng(seed)
+    encoding, rng, rows = encoding or gpt2_encoding(), np.random.default_rng(seed), []
     names, places, objects = (one_token(w, encoding, k) for w, k in ((NAMES, 5), (PLACES, 1), (OBJECTS, 1)))
-    clean, corrupt, right, wrong = [], [], [], []
     for _ in range(n):
         template, flip = IOI[rng.integers(len(IOI))], rng.integers(2)
         a, b, *fresh = rng.choice(names, 5, replace=False)
         words = {"place": rng.choice(places), "object": rng.choice(objects)}
-        first, second = (b, a) if flip else (a, b)
-        clean.append(template.format(a=first, b=second, s=b, **words))
-        other = {"abc": fresh, "swap": (first, second, a)}[corruption]
-        corrupt.append(template.format(a=other[0], b=other[1], s=other[2], **words))
-        right += encoding.encode_ordinary(a)
-        wrong.append(encoding.encode_ordinary(b))
-    metric = functools.partial(logit_difference, right=torch.tensor(right), wrong=torch.tensor(wrong))
-    return encode(clean, encoding), encode(corrupt, encoding), metric
+        both = (b, a) if flip else (a, b)
+        others = {"abc": fresh, "swap": (*both, a)}[corruption]
+        rows.append((template.format(*both, b, **words), template.format(*others, **words), a, b))
+    return pairs_of_text(rows, encoding)
 
 
 NOUNS = """war siege reign strike project journey voyage campaign revolt marriage trial study drought famine
@@ -100,7 +110,7 @@ def greater_than(n, seed, encoding=None):
     Corruption: the first year ends in 01. Metric: probability of the two-digit tokens above the year minus that of
     the others. Only years that split into century and two digits, in the clean and in the corrupted sentence.
     """
-    encoding, rng = encoding or gpt2_encoding(), np.random.default_rng(seed)
+    encoding, rng, rows = encoding or gpt2_encoding(), np.random.default_rng(seed), []
     numbers = [encoding.encode_ordinary(f"{y:02d}") for y in range(100)]          # 100 lists of one token
     split_years = {(c, y) for c in range(11, 20) for y in range(1, 99)
                    if encoding.encode_ordinary(f" {c}{y:02d}") == encoding.encode_ordinary(f" {c}") + numbers[y]}
@@ -109,13 +119,11 @@ def greater_than(n, seed, encoding=None):
         raise UserError(f"years do not split into century and two digits in the vocabulary {encoding.name}\n"
                         "copy fits every vocabulary")
     nouns = one_token(NOUNS, encoding, 1)
-    clean, corrupt, ends = [], [], []
     for _ in range(n):
         template, noun = GREATER_THAN[rng.integers(len(GREATER_THAN))], rng.choice(nouns)
         century, year = years[rng.integers(len(years))]
-        clean.append(template.format(noun=noun, century=century, year=f"{year:02d}"))
-        corrupt.append(template.format(noun=noun, century=century, year="01"))
-        ends.append(year)
+        rows.append([template.format(noun=noun, century=century, year=y) for y in (f"{year:02d}", "01")] + [year])
+    clean, corrupt, ends = zip(*rows)
     numbers = torch.tensor(numbers).T.expand(n, -1)                               # (N,100)
     metric = functools.partial(later_years, numbers=numbers, year=torch.tensor(ends))
     return encode(clean, encoding), encode(corrupt, encoding), metric
@@ -132,10 +140,9 @@ def copy(n, seed, vocab_size=50257, length=10):
                         "take a length from 2 to the vocabulary less 2")
     rng = np.random.default_rng(seed)
     x = torch.tensor(np.array([rng.choice(vocab_size - 1, length + 1, replace=False) for _ in range(n)]))
-    clean = torch.cat((x[:, :length], x[:, :length - 1]), 1)                      # (N,2*length-1)
-    corrupt = clean.clone()
-    corrupt[:, length - 1] = x[:, length]
-    return clean, corrupt, functools.partial(logit_difference, right=x[:, length - 1], wrong=x[:, length:])
+    first, last, other = x[:, :length - 1], x[:, length - 1:length], x[:, length:]
+    metric = functools.partial(logit_difference, right=last[:, 0], wrong=other)
+    return torch.cat((first, last, first), 1), torch.cat((first, other, first), 1), metric    # (N,2*length-1)
 
 
 ARGUMENTS = """load size file last name path text user key value mode type page line word color date time count
@@ -157,19 +164,15 @@ def docstring(n, seed, encoding=None):
     The docstring has described a and b and goes on with ":param". Corruption: four other names in the def line.
     Metric: logit(c) minus the largest logit of the other seven names.
     """
-    encoding, rng = encoding or gpt2_encoding(), np.random.default_rng(seed)
+    encoding, rng, rows = encoding or gpt2_encoding(), np.random.default_rng(seed), []
     arguments, words = one_token(ARGUMENTS, encoding, 8), one_token(WORDS, encoding, 6)
-    clean, corrupt, right, wrong = [], [], [], []
     for _ in range(n):
         names, w = rng.choice(arguments, 8, replace=False), rng.choice(words, 6, replace=False)
         name, verb = VERBS[rng.integers(len(VERBS))]
-        for sentences, args in ((clean, names[:4]), (corrupt, names[4:])):
-            sentences.append(DOCSTRING.format(name, *args, verb, *w[:2], names[0], *w[2:4], names[1], *w[4:]))
-        tokens = [encoding.encode_ordinary(name)[0] for name in names]
-        right.append(tokens.pop(2))
-        wrong.append(tokens)
-    metric = functools.partial(logit_difference, right=torch.tensor(right), wrong=torch.tensor(wrong))
-    return encode(clean, encoding), encode(corrupt, encoding), metric
+        clean, corrupt = (DOCSTRING.format(name, *args, verb, *w[:2], names[0], *w[2:4], names[1], *w[4:])
+                          for args in (names[:4], names[4:]))
+        rows.append((clean, corrupt, names[2], "".join(np.delete(names, 2))))
+    return pairs_of_text(rows, encoding)
 
 
 def addition(n, seed, layout="reversed"):
@@ -179,14 +182,9 @@ def addition(n, seed, layout="reversed"):
     of the sum then differ by one. Metric: logit(its tens digit) - logit(the corrupted sum's), at the tens slot.
     """
     rng, (idx, targets) = np.random.default_rng(seed), addition_data(layout)
-    clean = rng.choice(split()[1].numpy(), n, replace=False)                      # row 100 a + b is a + b
-
-    def carries(rows):
-        return rows // 100 % 10 + rows % 10 >= 10
-
-    rows = np.arange(10_000)
-    same_tens = [rows[(rows // 1000 == r // 1000) & (rows // 10 % 10 == r // 10 % 10)] for r in clean]
-    corrupt = np.array([rng.choice(other[carries(other) != carries(r)]) for r, other in zip(clean, same_tens)])
+    clean, rows = rng.choice(split()[1].numpy(), n, replace=False), np.arange(10_000)    # row 100 a + b is a + b
+    tens, carries = rows // 1000 * 10 + rows // 10 % 10, rows // 100 % 10 + rows % 10 >= 10
+    corrupt = np.array([rng.choice(rows[(tens == tens[r]) & (carries != carries[r])]) for r in clean])
     metric = functools.partial(tens_difference, right=targets[clean, -2], wrong=targets[corrupt, -2][:, None])
     return idx[clean], idx[corrupt], metric
 
@@ -194,9 +192,14 @@ def addition(n, seed, layout="reversed"):
 TASKS = {"ioi": ioi, "greater-than": greater_than, "copy": copy, "docstring": docstring, "addition": addition}
 
 
-def make_pairs(task, n, seed, model, **options):
-    """The task's pairs, if they fit the model: its vocabulary, its length and, for sums, how it writes them."""
+# ---- Pairs for a model
+
+def make_pairs(task, n, seed, model, corruption=None):
+    """The task's pairs, if they fit the model: its vocabulary, its length and, for sums, how it writes them.
+    corruption: of ioi, another than its default."""
     V, T, layout = model.config.vocab_size, model.config.block_size, model.notes.get("layout")
+    if corruption and task != "ioi":
+        raise UserError("--corruption is a choice of --task ioi\nleave it out")
     if task == "addition":
         if layout is None or V != len(ALPHABET):
             raise UserError("addition needs checkpoints of toy_addition.py, which know how they write a sum\n"
@@ -205,10 +208,10 @@ def make_pairs(task, n, seed, model, **options):
     elif task == "copy":
         pairs = copy(n, seed, V, min(10, (T + 1) // 2, V - 2))
     elif V != 50257 and "tokenizer" not in model.notes:
-        raise UserError(f"{task} is written in GPT-2's 50257 tokens, this model has {V}"
-                        f"{' (bytes): no name or year is one token' if V == 257 else ''}\n"
-                        f"take --task {'addition or copy' if V == len(ALPHABET) else 'copy'}")
+        raise UserError(f"{task} is written in GPT-2's 50257 tokens, this model has {V}\n"
+                        "take --task copy, or addition with checkpoints of toy_addition.py")
     else:
+        options = {"corruption": corruption} if corruption else {}
         pairs = TASKS[task](n, seed, encoding=encoding_of(model), **options)
     if pairs[0].shape[1] > T:
         raise UserError(f"{task} has sentences of {pairs[0].shape[1]} tokens, the model reads at most {T}\n"

@@ -1,21 +1,24 @@
-"""extras/data.py: every source on tiny archives with the nesting of the real ones, and broken ones."""
+"""support/data.py: every source on tiny archives with the nesting of the real ones, and broken ones; vocabularies and
+batches. support/files.py: what it fetches."""
 import __future__
 import functools
+import hashlib
 import http.server
 import inspect
 import io
 import itertools
-import lzma
 import tarfile
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
+import torch
 
-from extras import data
-from extras.encodings import byte_encoding
-from extras.files import UserError
+from support import data
+from support.data import byte_encoding
+from support.files import UserError, fetch
 
 TEXTS = [f"document {n} " + "word " * n for n in range(120)]
 
@@ -28,15 +31,14 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A local web server that stands in for all the named sources."""
+    """A local web server that stands in for OpenWebText's."""
     root = tmp_path / "www"
     root.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{httpd.server_port}/"
-    for name in ("OPENWEBTEXT", "OPENWEBTEXT_10K", "FINEWEB"):
-        monkeypatch.setattr(data, name, url + getattr(data, name).rpartition("/")[2])
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(data, "OPENWEBTEXT",
+                        f"http://127.0.0.1:{httpd.server_port}/" + data.OPENWEBTEXT.rpartition("/")[2])
     yield root
     httpd.shutdown()
 
@@ -83,38 +85,15 @@ def test_openwebtext(server, source, name):
     check_split(*data.load(source, encoding), encoding)    # from the cache
 
 
-def test_openwebtext_10k(server):
-    outer = lzma.compress(tar_of([("openwebtext-10k/10k.xz", inner_archive(TEXTS))]))
-    (server / "openwebtext-10k.tar.xz").write_bytes(outer)
-    encoding = byte_encoding()
-    check_split(*data.load("openwebtext-10k", encoding), encoding)
-
-
-def shard(tokens, count=None):
-    header = np.zeros(256, np.int32)
-    header[:3] = 20240520, 1, len(tokens) if count is None else count
-    return header.tobytes() + np.array(tokens, np.uint16).tobytes()
-
-
-def large_as_gpt2():
-    return tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
-                             special_tokens={"<|endoftext|>": 50256})
-
-
-def test_fineweb(server):
-    (server / "fineweb_train_000003.bin").write_bytes(shard(range(200)))
-    (server / "fineweb_val_000000.bin").write_bytes(shard([5, 6, 7]))
-    train, val = data.load("fineweb-3", large_as_gpt2())
-    assert train.tolist() == list(range(200)) and val.tolist() == [5, 6, 7]
-
-
-def test_a_known_hash_is_checked(server, monkeypatch):
-    (server / "fineweb_train_000001.bin").write_bytes(shard([1, 2, 3]))
-    monkeypatch.setitem(data.SHA256, data.FINEWEB.format("train", 1), "0" * 64)
-    with pytest.raises(UserError, match="invalid hash value .*expected .0000"):
-        data.load("fineweb", large_as_gpt2())
-    with pytest.raises(UserError, match="fineweb comes as GPT-2's tokens"):
-        data.load("fineweb", byte_encoding())
+def test_a_known_hash_is_checked(server, cache):
+    (server / "urlsf_subset03.tar").write_bytes(b"some bytes")
+    url, path, sha256 = data.OPENWEBTEXT.format(3), cache / "bytes", hashlib.sha256(b"some bytes").hexdigest()
+    with pytest.raises(UserError, match="invalid hash value .*expected .0000.*\ntake another"):
+        fetch(url, path, "take another", "0" * 64)
+    assert not any(cache.iterdir())
+    assert fetch(url, path, "take another", sha256) == path and path.read_bytes() == b"some bytes"
+    (server / "urlsf_subset03.tar").unlink()
+    assert fetch(url, path, "take another", sha256) == path    # it is there: nothing is asked for
 
 
 def test_no_network_names_the_offline_ways(server, cache):
@@ -178,7 +157,6 @@ def test_a_token_file_is_cut_between_documents(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (np.array([1, 2, 257], np.uint16).tobytes(), "holds token 257, outside the model's vocabulary of 257"),
-    (shard([1, 2, 3], count=9), "its header promises 9 tokens, it holds 3"),
     (b"", "cannot read the tokens"),
 ])
 def test_bad_token_files(tmp_path, content, message):
@@ -187,9 +165,10 @@ def test_bad_token_files(tmp_path, content, message):
         data.load(str(tmp_path / "bad.bin"), byte_encoding())
 
 
-def test_no_such_source():
-    with pytest.raises(UserError, match="no such data: nope\nexpected openwebtext"):
-        data.load("nope", byte_encoding())
+@pytest.mark.parametrize("source", ["nope", "openwebtext-x", "openwebtext-10k", "fineweb"])
+def test_no_such_source(source):
+    with pytest.raises(UserError, match=f"no such data: {source}\nexpected openwebtext"):
+        data.load(source, byte_encoding())
 
 
 def test_docstrings_are_the_standard_librarys():
@@ -203,3 +182,55 @@ def test_bytes_round_trip():
     assert encoding.encode_ordinary(text) == list(text.encode())
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert encoding.n_vocab == 257 and encoding.eot_token == 256
+
+
+def test_the_size_of_a_vocabulary_tells_the_encoding(monkeypatch):
+    def model(vocab_size):
+        return SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size))
+
+    assert data.encoding_of(model(257)).name == "bytes"
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: f"the encoding {name}")
+    assert data.encoding_of(model(50257)) == "the encoding gpt2"
+    with pytest.raises(UserError, match="no encoding is known for a vocabulary of 300 tokens\nexpected 50257.* or 257"):
+        data.encoding_of(model(300))
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), ValueError("Hash mismatch")])
+def test_gpt2s_vocabulary_that_does_not_come_names_the_offline_ways(monkeypatch, error):
+    def get_encoding(name):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    with pytest.raises(UserError, match=f"cannot download GPT-2's vocabulary: {error}\nTIKTOKEN_CACHE_DIR .*stdlib"):
+        data.gpt2_encoding()
+
+
+def test_a_large_vocabulary_takes_wider_tokens(tmp_path):
+    """Above 2^16 tokens the files are uint32: a token that 16 bits cannot hold comes back as it is."""
+    encoding = tiktoken.Encoding("large", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
+                                 special_tokens={"<|endoftext|>": 70_000})
+    (tmp_path / "all.txt").write_text("\n\n\n".join(TEXTS))
+    train, val = data.load(str(tmp_path / "all.txt"), encoding)
+    assert train.dtype == val.dtype == np.uint32
+    check_split(train, val, encoding)
+
+
+# ---- batches
+
+def test_windows_come_once_an_epoch_and_are_shifted_by_one():
+    tokens, T = np.arange(101, dtype=np.uint16), 10
+    idx, targets = data.batch(tokens, T, 0, 30, seed=3)
+    assert idx.dtype == targets.dtype == torch.int64 and idx.shape == (30, 10)
+    assert torch.equal(targets, idx + 1)
+    for epoch in idx.split(10):
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, 100, 10))
+    assert not torch.equal(idx[:10], idx[10:20])    # in another order
+    again = torch.cat([data.batch(tokens, T, first, 3, seed=3)[0] for first in range(0, 30, 3)])
+    assert torch.equal(idx, again)                  # a function of the position alone
+    assert not torch.equal(idx[:10], data.batch(tokens, T, 0, 10, seed=4)[0])    # and of the seed
+
+
+def test_a_window_has_one_token_more_than_it_is_long():
+    tokens = np.arange(100, 200, dtype=np.uint16)
+    assert data.window(tokens, 7, 5).tolist() == [107, 108, 109, 110, 111, 112]
+    assert data.window(tokens, 94, 5).tolist() == [194, 195, 196, 197, 198, 199]    # up to the very end

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from extras import distance
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig
+from support.weights import save_checkpoint
 
 
 def test_losses_and_rows_by_hand():

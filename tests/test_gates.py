@@ -1,4 +1,4 @@
-"""gates.py against numpy, closed forms and finite differences."""
+"""gates.py against numpy, closed forms and finite differences; support/blockwise.py against gates.py."""
 import math
 
 import numpy as np
@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import gates
-from gates import draw_words, edge_noise, reference_sparse_attention, sample_gates, sparse_attention
-from watch import Watch
+from gates import sample_gates, sparse_attention
+from support import blockwise
+from support.blockwise import blockwise_attention, draw_words, edge_noise
+from tests.watch import Watch
 
-ATTENTIONS = [reference_sparse_attention, sparse_attention]
+ATTENTIONS = [sparse_attention, blockwise_attention]
 OPEN = 100.0    # a gate bias at which sigmoid is 1 even in float64's last digits
 
 
@@ -25,9 +26,11 @@ def sigmoid(x):
 
 
 def by_loops(q, k, v, b, causal, u=None):
-    """Section 3 of the paper, one edge at a time, in numpy. u: the uniform draws of the gates, if sampled."""
+    """Section 3 of the paper, one edge at a time, in numpy. b: a number or one for each head. u: the uniform draws of
+    the gates, if sampled."""
     q, k, v = (t.detach().numpy() for t in (q, k, v))
     B, H, T, D = q.shape
+    b = np.broadcast_to(b, H)
     y, expected, active = np.zeros_like(v), np.zeros((B, H)), np.zeros((B, H))
     for n in range(B):
         for h in range(H):
@@ -37,8 +40,8 @@ def by_loops(q, k, v, b, causal, u=None):
                 s = np.array([q[n, h, i] @ k[n, h, j] / math.sqrt(D) for j in keys])
                 weights = np.exp(s) / np.exp(s).sum()
                 for j in keys:
-                    p = sigmoid(s[j] + b)
-                    is_open = s[j] + b > 0 if u is None else u[n, h, i, j] > 1 - p
+                    p = sigmoid(s[j] + b[h])
+                    is_open = s[j] + b[h] > 0 if u is None else u[n, h, i, j] > 1 - p
                     y[n, h, i] += is_open * weights[j] * v[n, h, j]
                     expected[n, h] += p
                     active[n, h] += is_open
@@ -51,7 +54,7 @@ def by_loops(q, k, v, b, causal, u=None):
 def draws(attention, B, H, T, seed):
     """The uniform draws (B,H,T,T) of an attention's gates in float64, if its call comes right after this seed."""
     torch.manual_seed(seed)
-    if attention is reference_sparse_attention:
+    if attention is sparse_attention:
         return torch.rand(B, H, T, T, dtype=torch.float64).numpy()
     keys, rows = draw_words(B * H, T, "cpu").numpy().astype(np.int64)
     products = (rows[:, :, None] * keys[:, None, :]).reshape(B, H, T, T)    # exact: 31 + 31 bits
@@ -62,20 +65,34 @@ def draws(attention, B, H, T, seed):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that short sequences are cut in every way: rows, heads, and what is left over of both."""
-    monkeypatch.setattr(gates, "ROWS", 4)
-    monkeypatch.setattr(gates, "CELLS_CPU", 4 * 11 * 2)
+    monkeypatch.setattr(blockwise, "ROWS", 4)
+    monkeypatch.setattr(blockwise, "CELLS_CPU", 4 * 11 * 2)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sample", [True, False])
-def test_attention_is_the_definition(attention, causal, sample, small_blocks):
+@pytest.mark.parametrize("b", [0.3, torch.tensor(0.3, dtype=torch.float64),
+                               torch.tensor([-1.2, 0.3, 1.5], dtype=torch.float64)])
+def test_attention_is_the_definition(attention, causal, sample, b, small_blocks):
     q, k, v = qkv()
     u = draws(attention, 2, 3, 7, seed=1) if sample else None
     torch.manual_seed(1)
-    out = attention(q, k, v, 0.3, causal, sample)
-    for ours, loops in zip(out, by_loops(q, k, v, 0.3, causal, u)):
+    out = attention(q, k, v, b, causal, sample)
+    for ours, loops in zip(out, by_loops(q, k, v, b, causal, u)):
         np.testing.assert_allclose(ours.detach().numpy(), loops, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("sample", [True, False])
+def test_each_head_is_as_open_as_its_own_bias(attention, sample):
+    """Zero scores: the expected share of head h is sigmoid(b_h) for every sequence, and each gate is drawn with it."""
+    q, b = torch.zeros(200, 4, 7, 2), torch.tensor([-math.inf, -1.0, 2.0, math.inf])
+    _, expected, active = attention(q, q, q, b, True, sample)
+    p = torch.sigmoid(b)
+    torch.testing.assert_close(expected, p.expand(200, 4))
+    error = (p * (1 - p) / (200 * 28)).sqrt()
+    assert ((active.mean(0) - (p if sample else (b > 0).float())).abs() <= 4.5 * error * sample).all()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -127,58 +144,79 @@ def test_nothing_crosses_the_causal_mask(attention, sample):
         assert torch.equal(attention(q, later_k, later_v, 5.0, True, sample)[0][:, :, :i + 1], y[:, :, :i + 1])
 
 
-def outputs_and_gradients(attention, q, k, v, wy, we, *options):
-    y, expected, active = attention(q, k, v, *options)
+def outputs_and_gradients(attention, q, k, v, wy, we, b, *options):
+    """b: a number, or a tensor whose gradient comes last."""
+    y, expected, active = attention(q, k, v, b, *options)
     loss = (y.double() * wy).sum() + (expected.double() * we).sum()
-    return [y, expected, active, *torch.autograd.grad(loss, (q, k, v))]
+    return [y, expected, active, *torch.autograd.grad(loss, (q, k, v, b) if torch.is_tensor(b) else (q, k, v))]
 
 
 @pytest.mark.parametrize("T", [1, 3, 4, 11, 130])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_blockwise_is_the_reference(T, causal, sample, dtype, digits, small_blocks, monkeypatch):
-    """Five heads: not divisible by the block's two. In float32 an edge at g + n = 0 may fall to either side; none
-    of these draws has one. bfloat16: inputs and y are rounded, as under autocast; scores and gates are not."""
-    q, k, v = (t.detach().to(dtype).requires_grad_() for t in qkv(B=1, H=5, T=T))
-    weights = torch.randn(1, 5, T, 4, dtype=torch.float64), torch.randn(1, 5, dtype=torch.float64) * T
-    u = torch.from_numpy(draws(sparse_attention, 1, 5, T, seed=5))
+@pytest.mark.parametrize("bias", [0.4, [0.4, -0.3, 1.1]])
+def test_blockwise_is_the_definition(T, causal, sample, dtype, digits, bias, small_blocks, monkeypatch):
+    """Values, and gradients of q, k, v and b. Three sequences of three heads: nine, not divisible by the block's two,
+    and the gradient of b sums over all three. In float32 an edge at g + n = 0 may fall to either side; none of these
+    draws has one. bfloat16: inputs and y are rounded, as under autocast; scores and gates are not."""
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in qkv(B=3, H=3, T=T))
+    b = torch.tensor(bias, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    weights = torch.randn(3, 3, T, 4, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64) * T
+    u = torch.from_numpy(draws(blockwise_attention, 3, 3, T, seed=5))
     torch.manual_seed(5)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours = outputs_and_gradients(sparse_attention, q, k, v, *weights, 0.4, causal, sample)
+        ours = outputs_and_gradients(blockwise_attention, q, k, v, *weights, b, causal, sample)
         monkeypatch.setattr(torch, "rand_like", lambda x: u.to(x.dtype))
-        theirs = outputs_and_gradients(reference_sparse_attention, q, k, v, *weights, 0.4, causal, sample)
+        theirs = outputs_and_gradients(sparse_attention, q, k, v, *weights, b, causal, sample)
     assert T < 11 or 0.1 < ours[2].mean() < 0.95    # open and closed gates are both there
-    for a, b in zip(ours, theirs):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        torch.testing.assert_close(a, b, atol=digits, rtol=digits)
+    assert len(ours) == 7 and ours[-1].shape == b.shape
+    for x, y in zip(ours, theirs):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        torch.testing.assert_close(x, y, atol=digits, rtol=digits)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_bias_without_gradient_changes_nothing_else(attention):
+    """A number, and tensors with and without requires_grad: the same results and the same gradients of q, k and v."""
+    q, k, v = qkv()
+    wanted = outputs_and_gradients(attention, q, k, v, 1.0, 1.0, 0.3)
+    for b in (torch.tensor(0.3), torch.full((3,), 0.3, dtype=torch.float64)):
+        for trained in (False, True):
+            y, expected, active = attention(q, k, v, b.double().requires_grad_(trained))
+            gradients = torch.autograd.grad(y.sum() + expected.sum(), (q, k, v))
+            for found, number in zip((y, expected, active, *gradients), wanted):
+                torch.testing.assert_close(found, number, atol=1e-7, rtol=0)    # 0.3 was rounded to float32
 
 
 def test_blockwise_gradients_are_finite_differences_where_it_is_smooth(small_blocks):
     """The expected edges are smooth everywhere, y where no gate is near its threshold."""
-    q, k, v = qkv(B=1, H=3, T=6, D=2)
-    assert torch.autograd.gradcheck(lambda q, k: sparse_attention(q, k, v, 0.3)[1], (q, k))
-    assert torch.autograd.gradcheck(lambda q, k, v: sparse_attention(q, k, v, OPEN)[0], (q, k, v))
+    q, k, v = qkv(B=2, H=3, T=6, D=2)
+    for b in (torch.tensor(0.3, dtype=torch.float64), torch.tensor([-0.5, 0.3, 1.0], dtype=torch.float64)):
+        assert torch.autograd.gradcheck(lambda *inputs: blockwise_attention(*inputs[:2], v, inputs[2])[1],
+                                        (q, k, b.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda q, k, v: blockwise_attention(q, k, v, OPEN)[0], (q, k, v))
 
 
 def test_recomputed_activations_draw_the_same_gates(small_blocks):
     """Activation checkpointing runs the layer twice; both runs must see the same gates."""
     q, k, v = qkv(T=11)
+    b = torch.full((3,), 0.5, requires_grad=True)
     grads = []
-    for layer in (sparse_attention, lambda *inputs: checkpoint(sparse_attention, *inputs, use_reentrant=False)):
+    for layer in (blockwise_attention, lambda *inputs: checkpoint(blockwise_attention, *inputs, use_reentrant=False)):
         torch.manual_seed(6)
-        y, expected, _ = layer(q, k, v, 0.5, True, True)
-        grads.append(torch.autograd.grad(y.square().sum() + expected.sum(), (q, k, v)))
+        y, expected, _ = layer(q, k, v, b, True, True)
+        grads.append(torch.autograd.grad(y.square().sum() + expected.sum(), (q, k, v, b)))
     for a, b in zip(*grads):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("attention, low, high", [(reference_sparse_attention, 15, 16), (sparse_attention, 3.5, 4)])
+@pytest.mark.parametrize("attention, low, high", [(sparse_attention, 15, 16), (blockwise_attention, 3.5, 4)])
 def test_memory_grows_linearly_with_length(attention, low, high, monkeypatch):
     """Four times the length: four times the largest tensor in either pass, and four times what is kept for the
     backward pass in all; sixteen times in the definition. (A mask of ROWS x ROWS does not grow.)"""
-    monkeypatch.setattr(gates, "ROWS", 16)
-    monkeypatch.setattr(gates, "CELLS_CPU", 1)
+    monkeypatch.setattr(blockwise, "ROWS", 16)
+    monkeypatch.setattr(blockwise, "CELLS_CPU", 1)
     largest, kept = [], []
     for T in (64, 256):
         sizes, elements = [], []
@@ -274,37 +312,45 @@ def test_straight_through_gradient_is_its_closed_form_at_the_drawn_noise():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("sample", [True, False])
-def test_layer_gradient_is_that_of_its_smooth_surrogate(attention, sample):
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bias", [0.2, [0.2, -0.7]])
+def test_layer_gradients_are_those_of_its_smooth_surrogate(attention, sample, causal, bias):
     """Straight-through means: differentiate as if the gate were A0 + sigmoid(g + n) - sigmoid(g0 + n0), with A0,
-    g0, n0 those of the forward pass. That surrogate is smooth, so finite differences can check autograd."""
-    q, k, v = qkv(B=1, H=1, T=5)
-    wy, we, b = torch.randn(1, 1, 5, 4, dtype=torch.float64).numpy(), 0.7, 0.2
-    u = draws(attention, 1, 1, 5, seed=4)[0, 0]
-    noise = np.log(u) - np.log1p(-u) if sample else np.zeros((5, 5))
+    g0, n0 those of the forward pass. That surrogate is smooth, so finite differences can check autograd: for q, k,
+    v and b, where b acts on all sequences of the batch."""
+    q, k, v = qkv(B=2, H=2, T=5, D=3)
+    b = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
+    wy, we = np.random.default_rng(0).normal(size=(2, 2, 5, 3)), np.array([[0.7, -2.0], [1.1, 3.0]])
+    u = draws(attention, 2, 2, 5, seed=4)
+    noise = np.log(u) - np.log1p(-u) if sample else np.zeros((2, 2, 5, 5))
     torch.manual_seed(4)
-    y, expected, _ = attention(q, k, v, b, True, sample)
-    (y * torch.from_numpy(wy)).sum().add(we * expected.sum()).backward()
+    y, expected, _ = attention(q, k, v, b, causal, sample)
+    (y * torch.from_numpy(wy)).sum().add((expected * torch.from_numpy(we)).sum()).backward()
 
-    def gate_logits(q, k):
-        return np.where(np.tri(5) > 0, q @ k.T / 2 + b, -np.inf)    # sqrt(D) = 2
+    allowed = np.tri(5) > 0 if causal else np.ones((5, 5), bool)
+    start = [t.detach().numpy().copy() for t in (q, k, v, b)]
 
-    start = [t.detach().numpy()[0, 0].copy() for t in (q, k, v)]
-    g0 = gate_logits(*start[:2])
+    def scores_and_logits(q, k, b):
+        s = np.where(allowed, q @ k.swapaxes(2, 3) / math.sqrt(3), -np.inf)
+        return s, s + (b[:, None, None] if b.ndim else b)
 
-    def surrogate(q, k, v):
-        g = gate_logits(q, k)
-        weights = np.exp(g) / np.exp(g).sum(1, keepdims=True)
+    g0 = scores_and_logits(start[0], start[1], start[3])[1]
+
+    def surrogate(q, k, v, b):
+        s, g = scores_and_logits(q, k, b)
+        weights = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
         gates = (g0 + noise > 0) + sigmoid(g + noise) - sigmoid(g0 + noise)
-        return (wy[0, 0] * ((gates * weights) @ v)).sum() + we * sigmoid(g).sum() / 15
+        return (wy * ((gates * weights) @ v)).sum() + (we * sigmoid(g).sum((2, 3))).sum() / allowed.sum()
 
     eps = 1e-5
-    for n, tensor in enumerate((q, k, v)):
-        for at in np.ndindex(5, 4):
+    for n, tensor in enumerate((q, k, v, b)):
+        for at in np.ndindex(*tensor.shape):
             plus, minus = [t.copy() for t in start], [t.copy() for t in start]
             plus[n][at] += eps
             minus[n][at] -= eps
             slope = (surrogate(*plus) - surrogate(*minus)) / (2 * eps)
-            assert tensor.grad[0, 0][at].item() == pytest.approx(slope, abs=1e-8)
+            assert tensor.grad[at].item() == pytest.approx(slope, abs=1e-8)
+    assert b.grad.abs().min() > 1e-3    # not a test of zeros
 
 
 @pytest.mark.parametrize("u", [0.0, 1.0])
@@ -358,7 +404,7 @@ def test_values_of_another_size_and_strided_inputs(small_blocks):
 
 def test_the_real_block_size_once():
     """Blocks of queries as they are in use, the last of two rows."""
-    T = 2 * gates.ROWS + 2
+    T = 2 * blockwise.ROWS + 2
     q, k, v = qkv(B=1, H=1, T=T)
     weights = torch.randn(1, 1, T, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     for causal in (True, False):
@@ -375,18 +421,29 @@ def test_a_gate_is_open_in_evaluation_if_and_only_if_its_logit_is_positive(atten
         assert attention(torch.full((1, 1, 1, 1), score), v, v, 0.0)[2].item() == share
 
 
-def test_shapes_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_shapes_that_do_not_fit_are_named(attention):
     q, k, v = qkv()
-    for bad in ((q, k[:, :, :5], v), (q, k, v[:, :, :5]), (q, k, v[:, :2]), (q[:, :, :0], k[:, :, :0], v[:, :, :0])):
-        with pytest.raises(ValueError, match=r"expected q and k \(B,H,T,D\)"):
-            sparse_attention(*bad, 0.5)
+    for bad in ((q, k[:, :, :5], v), (q, k[:1], v), (q, k, v[:, :, :5]), (q, k, v[:, :2]), (q[0], k[0], v[0]),
+                (q[:, :, :0], k[:, :, :0], v[:, :, :0])):
+        shapes = ", ".join(str(tuple(t.shape)) for t in bad[:2]) + f" and {tuple(bad[2].shape)}"
+        with pytest.raises(ValueError, match=r"expected q and k \(B,H,T,D\)") as caught:
+            attention(*bad, 0.5)
+        assert str(caught.value).endswith(f"got {shapes}")
+    for shape in ((1,), (2,), (7,), (1, 3), (2, 3), (3, 1, 1), (2, 3, 7, 7), (0,)):
+        with pytest.raises(ValueError, match=r"gate_bias a number, or a tensor \(\) or \(3,\)") as caught:
+            attention(q, k, v, torch.zeros(shape))
+        assert str(caught.value).endswith(f"got {shape}")
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("sample", [True, False])
-def test_an_infinite_bias_opens_every_allowed_gate(attention, sample):
-    y, expected, active = attention(*qkv(), math.inf, True, sample)
+@pytest.mark.parametrize("shape", [None, (), (3,)])
+def test_an_infinite_bias_opens_every_allowed_gate(attention, sample, shape):
+    b = math.inf if shape is None else torch.full(shape, math.inf, dtype=torch.float64, requires_grad=True)
+    y, expected, active, *gradients = outputs_and_gradients(attention, *qkv(), 1.0, 1.0, b, True, sample)
     assert y.isfinite().all() and expected.eq(1).all() and active.eq(1).all()
+    assert all(g.isfinite().all() for g in gradients) and (shape is None or gradients[3].abs().max() < 1e-12)
 
 
 def test_rare_gates_open_as_rarely_as_they_should():
@@ -406,7 +463,7 @@ def test_bfloat16_autocast_keeps_scores_and_gates_in_float32(attention):
     q, k, v = (t.detach().bfloat16() for t in qkv(T=64, D=16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, expected, active = attention(q, k, v, 0.5)
-    exact = reference_sparse_attention(q.double(), k.double(), v.double(), 0.5)
+    exact = sparse_attention(q.double(), k.double(), v.double(), 0.5)
     assert y.dtype == torch.bfloat16 and expected.dtype == torch.float32
     torch.testing.assert_close(y.double(), exact[0], atol=1e-2, rtol=1e-2)          # rounding of the output alone
     torch.testing.assert_close(expected.double(), exact[1], atol=1e-6, rtol=0)     # bfloat16 scores: 1e-3 off

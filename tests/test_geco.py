@@ -62,16 +62,55 @@ def test_gain_multiplies_lambda_and_zero_is_pure_geco():
         assert proportional.lam == pytest.approx(pure.lam * math.exp(2.0 * pure.average))
 
 
-def test_objective_has_the_value_of_the_average_and_the_gradient_of_the_loss():
-    geco = Geco(tau=1.0, lam=2.0, decay=0.5)
-    assert geco.objective(torch.tensor(0.25), torch.tensor(1.5)).item() == 0.25 + 2.0 * 0.5    # no average yet
-    geco.update(3.0)
-    lam = geco.lam
-    edges, ce = torch.tensor(0.25, requires_grad=True), torch.tensor(1.5, requires_grad=True)
-    loss = geco.objective(edges, ce)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.25 + lam * 2.0)    # Cbar = 3 - 1, though CE - tau is 0.5
-    assert edges.grad.item() == 1.0 and ce.grad.item() == pytest.approx(lam)
+def test_objective_is_the_lagrangian():
+    """In value and in its gradients, whatever the average is by then."""
+    geco = Geco(tau=1.0, lam=2.0, rate=0.1, decay=0.5, gain=0.5)
+    for lam in (2.0, 2.0 * math.exp(0.1 * 2.0 + 0.5 * 2.0)):    # before the first update, and after C = 2
+        edges, ce = torch.tensor(0.25, requires_grad=True), torch.tensor(1.5, requires_grad=True)
+        loss = geco.objective(edges, ce)
+        loss.backward()
+        assert loss.item() == pytest.approx(0.25 + lam * 0.5)
+        assert edges.grad.item() == 1.0 and ce.grad.item() == pytest.approx(lam)
+        assert geco.objective(0.25, 0.5) == pytest.approx(0.25 - lam * 0.5)
+        geco.update(3.0)
+
+
+def test_update_returns_the_lambda_that_the_step_used():
+    """The multiplier of the objective that was backpropagated just before, not the one that comes next."""
+    geco = Geco(tau=1.0, lam=0.7, rate=0.3, decay=0.5, gain=1.5)
+    used, slopes = [], []
+    for n in range(6):
+        ce = torch.tensor(2.0 - 0.4 * n, requires_grad=True)
+        geco.objective(torch.tensor(0.0), ce).backward()
+        slopes.append(ce.grad.item())
+        used.append(geco.update(ce.item()))
+    assert used[0] == pytest.approx(0.7) and used == pytest.approx(slopes)
+    assert len(set(used)) == 6 and geco.lam not in used
+    assert all(isinstance(lam, float) for lam in used)
+
+
+def test_a_step_is_an_update_and_what_a_log_says_of_it():
+    stepped, updated = (Geco(tau=1.0, lam=0.7, rate=0.3, gain=0.5) for _ in range(2))
+    for ce, expected in ((2.0, 40.0), (0.5, 30.0)):
+        row = stepped.step(ce, expected)
+        assert row == {"lam": updated.update(ce), "c_bar": updated.average, "expected": expected}
+        assert stepped.state_dict() == updated.state_dict()
+
+
+def test_most_clips_a_violation_from_above_only():
+    losses = [1.5, 9.0, 2.0, 0.25, 700.0]
+    clipped, by_hand = Geco(tau=1.0, rate=0.1, decay=0.8, most=1.0), Geco(tau=1.0, rate=0.1, decay=0.8)
+    for ce in losses:
+        clipped.update(ce)
+        by_hand.update(min(ce, 2.0))
+        assert clipped.average == pytest.approx(by_hand.average) and clipped.lam == pytest.approx(by_hand.lam)
+    below, free = Geco(tau=9.0, most=0.5), Geco(tau=9.0)
+    for geco in (below, free):
+        geco.update(1.0)    # C = -8
+    assert below.average == free.average == -8.0 and below.lam == free.lam
+    first = Geco(tau=1.0, most=0.5)
+    first.update(100.0)
+    assert first.average == 0.5    # also the value that the average starts at
 
 
 def nearest_point(geco, steps):
@@ -105,15 +144,15 @@ def test_the_defaults_do_not_swing():
 
 
 def test_state_round_trip_is_plain_numbers_and_goes_on_alike():
-    geco = Geco(tau=1.0, gain=0.5)
+    geco = Geco(tau=1.0, lam=0.5, gain=0.5)
     for ce in (2.0, 1.5):
-        geco.update(ce)
+        geco.update(torch.tensor(ce))
     state = geco.state_dict()
-    assert all(isinstance(value, (int, float)) for value in state.values())
-    other = Geco(tau=1.0, gain=0.5)
+    assert all(type(value) in (int, float) for value in state.values()) and state["steps"] == 2
+    other = Geco(tau=1.0, gain=0.5)    # starts elsewhere
     other.load_state_dict(state)
-    for g in (geco, other):
-        g.update(1.2)
+    assert other.lam == geco.lam
+    assert geco.update(1.2) == other.update(1.2)
     assert other.lam == geco.lam and other.state_dict() == geco.state_dict()
 
 
@@ -138,7 +177,11 @@ def test_a_loss_that_is_no_number_says_at_which_step(ce):
     (dict(tau=1.0, lam=5.0, lam_range=(0.1, 1.0)), "lam must lie in its range"),
     (dict(tau=1.0, rate=0.0), "rate must be above 0"),
     (dict(tau=1.0, decay=1.0), "decay must lie in"),
+    (dict(tau=1.0, decay=-0.1), "decay must lie in"),
     (dict(tau=1.0, gain=-1.0), "gain not below 0"),
+    (dict(tau=1.0, most=0.0), "most be above 0"),
+    (dict(tau=1.0, most=-1.0), "most be above 0"),
+    (dict(tau=1.0, most=math.nan), "most be above 0"),
 ])
 def test_impossible_constants_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""extras/llama.py and encodings.py against a Llama in numpy and byte-pair encoding written out."""
+"""extras/llama.py and tokenizer.py against a Llama in numpy and byte-pair encoding written out."""
+import dataclasses
 import json
 import math
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 
 import patching as P
-import train
-from extras import report
-from extras.encodings import bytes_of_characters, encoding_of, tokenizer_encoding
-from extras.files import UserError
-from extras.llama import Llama
-from model import GPT, allowed_edges, load_checkpoint, save_checkpoint
-from test_model import gpt2_weights, write_safetensors
+from extras import train_llama
+from extras.llama import Llama, load_model
+from extras.tokenizer import bytes_of_characters, encoding_of, tokenizer_encoding
+from model import GPT, allowed_edges
+from support import report
+from support.files import UserError
+from support.weights import save_checkpoint
+from tests.test_model import gpt2_weights, write_safetensors
 
 # Of the two frequencies below, 1 and 0.1, one is kept, one interpolated with 64 positions, slowed down with 16.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -116,13 +118,13 @@ def write(folder, config, w, sharded=False):
 def test_logits_are_those_of_a_numpy_llama(tmp_path, change, sharded):
     config = CONFIG | change
     w = weights(config)
-    model = GPT.from_pretrained(write(tmp_path / "hf", config, w, sharded))
+    model = load_model(write(tmp_path / "hf", config, w, sharded))
     assert isinstance(model, Llama) and not model.training
     expected = numpy_llama(w, config, TOKENS)
     logits = model(torch.tensor([TOKENS])).logits[0].detach().numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     save_checkpoint(model, tmp_path / "ours.pt")
-    again = load_checkpoint(tmp_path / "ours.pt", gated=True, gate_bias=100.0)    # all gates open: dense
+    again = load_model(tmp_path / "ours.pt", gated=True, gate_bias=100.0)    # all gates open: dense
     out = again(torch.tensor([TOKENS]))
     np.testing.assert_allclose(out.logits[0].detach().numpy(), expected, atol=1e-5 * np.abs(expected).max())
     assert out.active_edges.shape == (2, 6) and out.active_edges.min() == 1    # per query head
@@ -130,7 +132,7 @@ def test_logits_are_those_of_a_numpy_llama(tmp_path, change, sharded):
 
 def test_gates_are_counted_and_maps_are_weights(tmp_path):
     folder = write(tmp_path / "hf", CONFIG, weights(CONFIG))
-    model = GPT.from_pretrained(folder, gated=True, gate_bias=0.0, block_size=12)
+    model = load_model(folder, gated=True, gate_bias=0.0, block_size=12)
     idx = torch.tensor([TOKENS, TOKENS[::-1]])
     maps, out = model.attention_maps(idx), model(idx)
     shares = (maps > 0).sum((-2, -1)).double().mean(1) / 78
@@ -142,8 +144,72 @@ def test_gates_are_counted_and_maps_are_weights(tmp_path):
     assert torch.equal(model(x).logits[:, :7], model(later).logits[:, :7])    # causal
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_copies_for_each_head_are_the_same_function(tmp_path, kv_heads):
+    """Head h of the copies is head h of an ordinary pass over copy h, in q, k and v."""
+    config = CONFIG | {"num_key_value_heads": kv_heads}
+    attn = load_model(write(tmp_path / "hf", config, weights(config))).double().h[1].attn
+    x = torch.randn(2, 6, 5, 24, dtype=torch.float64)                                # (B,H,T,C)
+    ordinary = [attn.heads(x[:, h]) for h in range(6)]
+    for each, found in zip(zip(*ordinary), attn.heads(x)):                           # q, k, v
+        expected = torch.stack([t[:, h] for h, t in enumerate(each)], dim=1)         # (B,H,T,D)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        assert (expected - each[0]).abs().max() > 0.1                                # the copies do differ
+
+
+def test_all_that_makes_the_scores(tmp_path):
+    model = load_model(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True)
+    attn = model.h[0].attn
+    assert [id(p) for p in attn.score_weights()] == [id(attn.q_proj.weight), id(attn.k_proj.weight)]
+    attn.k_proj.requires_grad_(False)
+    assert [id(p) for p in attn.score_weights()] == [id(attn.q_proj.weight)]
+
+
+def test_thresholds_of_a_checkpoint(tmp_path):
+    """One without loads, each head with the config's b; one with keeps its own, unless another is asked for."""
+    model = load_model(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.5)
+    state, own = model.state_dict(), torch.linspace(-1, 1, 6)
+    without = {name: t for name, t in state.items() if not name.endswith("gate_bias")}
+    assert len(without) == len(state) - 2
+
+    def loaded(tensors, **overrides):
+        fields = dataclasses.asdict(model.config)
+        torch.save({"config": fields, "model": tensors}, tmp_path / "ours.pt")
+        return load_model(tmp_path / "ours.pt", **overrides)
+
+    def thresholds(found):
+        return [block.attn.gate_bias.tolist() for block in found.h]
+
+    assert thresholds(loaded(without)) == thresholds(loaded(state)) == [[0.5] * 6] * 2
+    own_state = state | {"h.1.attn.gate_bias": own}
+    assert thresholds(loaded(own_state)) == [[0.5] * 6, own.tolist()]
+    assert thresholds(loaded(own_state, gate_bias=3.0)) == [[3.0] * 6] * 2
+    assert loaded(own_state, gated=False).h[1].attn.gate_bias is None
+    with pytest.raises(UserError, match=r"fit this Llama: h.1.attn.gate_bias has shape \(2,\) instead of \(6,\)"):
+        loaded(state | {"h.1.attn.gate_bias": own[:2]})
+
+
+def test_the_family_is_told_by_the_files(tmp_path):
+    """Hugging Face's by config.json, GPT-2's also without one; a checkpoint of ours by its config alone."""
+    gpt = tmp_path / "gpt"
+    gpt.mkdir()
+    write_safetensors(gpt / "model.safetensors", gpt2_weights())
+    assert type(load_model(gpt, n_head=3)) is GPT
+    for hf in ({"n_head": 3}, {"n_head": 3, "model_type": "gpt2"}, {"n_head": 3, "architectures": ["GPT2LMHeadModel"]}):
+        (gpt / "config.json").write_text(json.dumps(hf))
+        assert type(load_model(gpt)) is GPT
+    llama = load_model(write(tmp_path / "llama", CONFIG, weights(CONFIG)))
+    for model, beside in ((load_model(gpt), tmp_path / "llama"), (llama, gpt)):    # the other family's config.json
+        save_checkpoint(model, beside / "ours.pt")
+        assert type(load_model(beside / "ours.pt")) is type(model)
+    with pytest.raises(UserError, match="GPTConfig has no field n_hidden, n_kv_head"):
+        GPT.from_pretrained(gpt / "ours.pt")
+
+
 @pytest.mark.parametrize("change, message", [
-    ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "names MistralForCausalLM\nexpected GPT-2's"),
+    ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+     r"architectures=\['MistralForCausalLM'\]\nexpected GPT-2's layout, or one of LlamaForCausalLM, OlmoForCausalLM$"),
+    ({"architectures": None}, "architectures=None\nexpected GPT-2's"),    # model_type llama alone is not enough
     ({"attention_bias": True}, "attention_bias=True\nonly attention_bias=False"),
     ({"clip_qkv": 8.0}, "clip_qkv=8.0"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu"),
@@ -154,6 +220,8 @@ def test_gates_are_counted_and_maps_are_weights(tmp_path):
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling=(.|\n)*with factor, high_freq_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"num_attention_heads": 0}, "num_attention_heads=0\nexpected a number of 1 or more"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads=0\nexpected a number of 1 or more"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps=1e-5\nexpected a number"),
     ({"num_attention_heads": "6"}, "num_attention_heads=6\nexpected"),
     ({"rope_theta": "1e4"}, "rope_theta=1e4\nexpected a number"),
     ({"rope_scaling": {"rope_theta": "1e4"}}, "rope_scaling=.*1e4"),
@@ -164,13 +232,13 @@ def test_gates_are_counted_and_maps_are_weights(tmp_path):
 def test_what_is_not_implemented_is_named(tmp_path, change, message):
     folder = write(tmp_path / "hf", CONFIG | change, weights(CONFIG))
     with pytest.raises(UserError, match=message):
-        GPT.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_a_config_without_a_size_is_named(tmp_path):
     config = {key: value for key, value in CONFIG.items() if key != "vocab_size"}
     with pytest.raises(UserError, match="config.json has vocab_size=None"):
-        GPT.from_pretrained(write(tmp_path / "hf", config, weights(CONFIG)))
+        load_model(write(tmp_path / "hf", config, weights(CONFIG)))
 
 
 def test_what_config_json_leaves_out_has_the_familys_defaults(tmp_path):
@@ -180,7 +248,7 @@ def test_what_config_json_leaves_out_has_the_familys_defaults(tmp_path):
     w = weights(explicit)
     short = {key: value for key, value in CONFIG.items() if key not in (
         "num_key_value_heads", "rope_theta", "rms_norm_eps", "tie_word_embeddings")}
-    model = GPT.from_pretrained(write(tmp_path / "hf", short, w | {
+    model = load_model(write(tmp_path / "hf", short, w | {
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))    # a constant of old checkpoints
     expected = numpy_llama(w, explicit, TOKENS)
     logits = model(torch.tensor([TOKENS])).logits[0].detach().numpy()
@@ -191,7 +259,7 @@ def test_newer_files_keep_theta_among_the_rope_parameters(tmp_path):
     short = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
     folder = write(tmp_path / "hf", short | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
                    weights(CONFIG))
-    logits = GPT.from_pretrained(folder)(torch.tensor([TOKENS])).logits[0].detach().numpy()
+    logits = load_model(folder)(torch.tensor([TOKENS])).logits[0].detach().numpy()
     expected = numpy_llama(weights(CONFIG), CONFIG, TOKENS)
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -199,12 +267,12 @@ def test_newer_files_keep_theta_among_the_rope_parameters(tmp_path):
 def test_broken_files_are_named(tmp_path):
     w = weights(CONFIG)
     with pytest.raises(UserError, match="wte.weight is missing"):
-        GPT.from_pretrained(write(tmp_path / "a", CONFIG, {k: t for k, t in w.items() if "embed" not in k}))
+        load_model(write(tmp_path / "a", CONFIG, {k: t for k, t in w.items() if "embed" not in k}))
     with pytest.raises(UserError, match="its head is not its embedding"):
-        GPT.from_pretrained(write(tmp_path / "b", CONFIG, w | {
+        load_model(write(tmp_path / "b", CONFIG, w | {
             "lm_head.weight": w["model.embed_tokens.weight"] + 1}))
     with pytest.raises(UserError, match="reads at most 64 positions, not 65"):
-        GPT.from_pretrained(write(tmp_path / "c", CONFIG, w), block_size=65)
+        load_model(write(tmp_path / "c", CONFIG, w), block_size=65)
 
 
 # ---- Tokenizers
@@ -333,7 +401,7 @@ def test_a_gpt2_may_bring_its_tokenizer_too(tmp_path):
     write_safetensors(folder / "model.safetensors", weights_)
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": 3}))
     (folder / "tokenizer.json").write_text(json.dumps(trained_tokenizer()))
-    model = GPT.from_pretrained(folder)
+    model = load_model(folder)
     with pytest.raises(UserError, match="has 297 tokens, the model 31"):
         encoding_of(model)
 
@@ -342,15 +410,15 @@ def test_a_model_brings_its_tokenizer(tmp_path):
     config = CONFIG | {"vocab_size": 297}
     folder = write(tmp_path / "hf", config, weights(config))
     (folder / "tokenizer.json").write_text(json.dumps(trained_tokenizer()))
-    model = GPT.from_pretrained(folder)
+    model = load_model(folder)
     save_checkpoint(model, tmp_path / "ours.pt")
-    for loaded in (model, load_checkpoint(tmp_path / "ours.pt")):
+    for loaded in (model, load_model(tmp_path / "ours.pt")):
         assert encoding_of(loaded).n_vocab == 297
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json is gone"):
         encoding_of(model)
     del model.notes["tokenizer"]
-    with pytest.raises(UserError, match="no encoding is known for a vocabulary of 297"):
+    with pytest.raises(UserError, match="no encoding is known for a vocabulary of 297 tokens\n.*put a tokenizer.json"):
         encoding_of(model)
 
 
@@ -370,6 +438,9 @@ def test_a_model_brings_its_tokenizer(tmp_path):
     (("pre_tokenizer", "pretokenizers"), [], "is no tokenizer.json\nIndexError"),
     (("pre_tokenizer", "pretokenizers", 0), {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "("}},
      "the pre-tokeniser Split"),
+    (("pre_tokenizer", "pretokenizers"), [
+        {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "a"}, "invert": True},
+        {"type": "ByteLevel", "use_regex": False}], "the pre-tokeniser Split \\+ ByteLevel"),
     (("added_tokens", 0), {"content": "<x>", "id": 296, "lstrip": True}, "lstrip of the added token '<x>'"),
 ])
 def test_a_tokenizer_that_is_not_implemented_is_named(tmp_path, at, value, message):
@@ -387,7 +458,7 @@ def test_a_tokenizer_that_is_not_implemented_is_named(tmp_path, at, value, messa
 
 def test_patching_works_on_it(tmp_path):
     """Two tokens of nearly the same embedding: the first-order scores are then the exact ones."""
-    model = GPT.from_pretrained(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.5).double()
+    model = load_model(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.5).double()
     with torch.no_grad():
         model.wte.weight[2] = model.wte.weight[1] + 1e-6 * torch.randn(24, dtype=torch.float64)
     corrupt = torch.randint(3, 31, (2, 7))
@@ -410,30 +481,55 @@ def test_patching_works_on_it(tmp_path):
     assert (m_clean - m_corrupt).abs().min() > 1e-9
 
 
+def test_patched_heads_and_edges_are_those_of_the_copies(tmp_path):
+    """With heads that share keys too, a run in which each head reads its own copy of the stream is the model's run."""
+    model = load_model(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.5).double()
+    tokens = torch.tensor([TOKENS])
+    with torch.no_grad():
+        copied = P.forward(model, tokens, read=P.copies)
+        torch.testing.assert_close(copied, model(tokens).logits, rtol=0, atol=1e-12)
+
+
+def command(monkeypatch, home, *arguments):
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    monkeypatch.setattr("sys.argv", ["train_llama.py", *map(str, arguments)])
+    train_llama.main()
+
+
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "2"]])
 def test_training_works_on_it(tmp_path, monkeypatch, more):
     config = CONFIG | {"vocab_size": 297}
     folder = write(tmp_path / "hf", config, weights(config))
     (folder / "tokenizer.json").write_text(json.dumps(trained_tokenizer()))
     (tmp_path / "text.txt").write_text("\n\n\n".join(f"{n} {TEXT}" for n in range(100)))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-
     if more:    # the pictures have been drawn once
         for name in ("draw_curve", "draw_heads", "draw_attention"):
             monkeypatch.setattr(report, name, lambda *_, **__: None)
 
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
-        train.main()
-
-    out = tmp_path / "run"
-    run("--init", folder, "--data", tmp_path / "text.txt", "--out", out, "--steps", 4, "--eval-every", 2, "--tau", 9,
-        "--batch-size", 4, "--block-size", 16, "--lr", 0.01, "--device", "cpu", *more)
-    before, after = GPT.from_pretrained(folder), GPT.from_pretrained(out / "last.pt")
-    changed = {name.split(".", 2)[2] for (name, a), b in zip(before.state_dict().items(), after.state_dict().values())
-               if name.startswith("h.0") and not torch.equal(a, b)}
+    home, out = tmp_path / "home", tmp_path / "run"
+    command(monkeypatch, home, "--init", folder, "--data", tmp_path / "text.txt", "--out", out, "--steps", 4,
+            "--eval-every", 2, "--tau", 9, "--batch-size", 4, "--block-size", 16, "--lr", 0.01, "--device", "cpu",
+            *more)
+    before, after = load_model(folder).state_dict(), load_model(out / "last.pt")
+    assert after.state_dict().keys() == before.keys() | {f"h.{n}.attn.gate_bias" for n in range(2)}
+    changed = {name.split(".", 2)[2] for name, t in before.items()
+               if name.startswith("h.0") and not torch.equal(t, after.state_dict()[name])}
     assert changed == {"attn.q_proj.weight", "attn.k_proj.weight"} if more else "mlp.up_proj.weight" in changed
     assert after.config.gated and encoding_of(after).n_vocab == 297 and (out / "attention.png").exists() == (not more)
     log = (out / "log.csv").read_text()
-    run("--resume", out)                      # the run is over: nothing changes
+    command(monkeypatch, home, "--resume", out)                      # the run is over: nothing changes
     assert (out / "log.csv").read_text() == log
+
+
+@pytest.mark.parametrize("scratch, options", [(False, ["--lora-all"]), (True, ["--lora-rank", "8"])])
+def test_adapters_that_cannot_be(tmp_path, monkeypatch, capsys, scratch, options):
+    folder = write(tmp_path / "hf", CONFIG | {"vocab_size": 297}, weights(CONFIG | {"vocab_size": 297}))
+    (folder / "tokenizer.json").write_text(json.dumps(trained_tokenizer()))
+    (tmp_path / "text.txt").write_text("\n\n\n".join(f"{n} {TEXT}" for n in range(100)))
+    monkeypatch.setattr("train.gpt2_encoding", lambda: tokenizer_encoding(folder / "tokenizer.json"))
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, tmp_path / "home", "--init", "scratch" if scratch else folder, "--data",
+                tmp_path / "text.txt", "--out", tmp_path / "run", "--block-size", 16, "--device", "cpu", *options)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and "--lora-rank adapts a model that is there" in errors
+    assert len(errors.partition("error:")[2].strip().splitlines()) == 2 and not list((tmp_path / "run").iterdir())

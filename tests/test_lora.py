@@ -2,8 +2,10 @@
 import pytest
 import torch
 
+from extras.llama import Llama, LlamaConfig, load_model
 from extras.lora import add_adapters, merged
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
+from support.weights import save_checkpoint
 
 CONFIG = GPTConfig(block_size=12, vocab_size=31, n_layer=2, n_head=3, n_embd=24, gated=True)
 
@@ -44,7 +46,7 @@ def test_only_the_adapters_change_and_merging_keeps_the_function(tmp_path, every
         assert torch.equal(before["h.0.attn.c_attn.weight"][48:], after["h.0.attn.c_attn.weight"][48:])
 
     save_checkpoint(model, tmp_path / "adapted.pt")
-    plain = load_checkpoint(tmp_path / "adapted.pt")
+    plain = load_model(tmp_path / "adapted.pt")
     torch.testing.assert_close(plain(idx).logits, expected, atol=1e-5, rtol=1e-5)
     save_checkpoint(plain, tmp_path / "plain.pt")    # an ordinary checkpoint
     assert torch.load(tmp_path / "plain.pt", weights_only=True)["model"].keys() == before.keys()
@@ -85,3 +87,25 @@ def test_a_small_adapter_is_not_lost_in_bfloat16():
     rounded = (base[:48] + change).bfloat16().double() - base[:48]
     assert (rounded - change).abs().mean() > 0.5 * change.abs().mean() > 1e-5
     assert all(t.dtype == torch.float32 for t in merged(model.state_dict()).values())
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_llama_with_adapters(tmp_path, everything):
+    """Its q and k get one each, and these are what makes its scores. Its head gets none."""
+    config = LlamaConfig(12, 31, 2, 6, 24, gated=True, n_kv_head=2, n_hidden=40, tied=False)
+    model = add_adapters(Llama(config), 4, everything)
+    adapted = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(".a")}
+    more = {"v_proj", "c_proj", "gate_proj", "up_proj", "down_proj"} if everything else set()
+    assert adapted == {"q_proj", "k_proj"} | more
+    attn = model.h[0].attn
+    expected = [attn.q_proj.a, attn.q_proj.b, attn.k_proj.a, attn.k_proj.b]
+    assert [id(p) for p in attn.score_weights()] == [id(p) for p in expected]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".b"):
+                p.normal_(0, 0.3)
+    idx = torch.randint(31, (2, 12))
+    save_checkpoint(model, tmp_path / "adapted.pt")
+    plain = load_model(tmp_path / "adapted.pt")
+    assert type(plain) is Llama and plain.state_dict().keys() == Llama(config).state_dict().keys()
+    torch.testing.assert_close(plain(idx).logits, model.eval()(idx).logits, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,5 @@
 """model.py against a numpy GPT-2, and every way in and out of a file."""
+import copy
 import json
 import math
 import struct
@@ -6,10 +7,13 @@ import struct
 import numpy as np
 import pytest
 import torch
-from extras import files
-from extras.files import UserError
-from model import GPT, GPTConfig, cross_entropy, load_checkpoint, save_checkpoint
-from watch import Watch
+
+from model import GPT, GPTConfig
+from support import weights as weights_in
+from support.files import UserError
+from support.losses import cross_entropy, divergence
+from support.weights import save_checkpoint
+from tests.watch import Watch
 
 TINY = dict(block_size=12, vocab_size=31, n_layer=2, n_head=3, n_embd=24)
 CONFIG_JSON = {"model_type": "gpt2", "n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 12, "vocab_size": 31,
@@ -30,9 +34,11 @@ def gpt2_weights(L=2, C=24, T=12, V=31, seed=0):
     return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def numpy_gpt2(w, tokens, n_head=3):
-    """GPT-2's forward pass in float64 for one sequence; w as from gpt2_weights. Returns logits (T,V)."""
-    w = {name: array.astype(np.float64) for name, array in w.items()}
+def numpy_gpt2(w, tokens, n_head=3, b=None):
+    """GPT-2's forward pass in float64 for one sequence; w as from gpt2_weights. Returns logits (T,V), the weights that
+    every layer uses (L,H,T,T), and sigmoid(score + b) (L,H,T,T). b (L,H): thresholds, with which an edge is cut unless
+    its score + b is above 0."""
+    w, maps, p_open = {name: array.astype(np.float64) for name, array in w.items()}, [], []
     T, L = len(tokens), sum(name.endswith("ln_1.bias") for name in w)
 
     def norm(x, at):
@@ -46,15 +52,20 @@ def numpy_gpt2(w, tokens, n_head=3):
     for n in range(L):
         q, k, v = np.split(conv1d(norm(x, f"h.{n}.ln_1"), f"h.{n}.attn.c_attn"), 3, axis=-1)
         heads = []
-        for qh, kh, vh in zip(*(np.split(t, n_head, axis=-1) for t in (q, k, v))):
+        for h, (qh, kh, vh) in enumerate(zip(*(np.split(t, n_head, axis=-1) for t in (q, k, v)))):
             scores = np.where(np.tri(T) > 0, qh @ kh.T / math.sqrt(qh.shape[-1]), -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            heads.append(weights / weights.sum(-1, keepdims=True) @ vh)
+            weights = weights / weights.sum(-1, keepdims=True)
+            if b is not None:
+                weights = weights * (scores + b[n][h] > 0)
+                p_open.append(1 / (1 + np.exp(-scores - b[n][h])))
+            maps.append(weights)
+            heads.append(weights @ vh)
         x = x + conv1d(np.concatenate(heads, -1), f"h.{n}.attn.c_proj")
         u = conv1d(norm(x, f"h.{n}.ln_2"), f"h.{n}.mlp.c_fc")
         u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
         x = x + conv1d(u, f"h.{n}.mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
+    return norm(x, "ln_f") @ w["wte.weight"].T, *(np.reshape(t, (L, -1, T, T)) for t in (maps, p_open))
 
 
 def write_safetensors(path, weights):
@@ -106,7 +117,7 @@ def test_logits_are_those_of_a_numpy_gpt2(tmp_path, how, name, write, prefix):
             overrides = dict(n_head=3)
     gpt = GPT.from_pretrained(path, **overrides).eval()
     assert gpt.config == GPTConfig(**TINY)
-    expected = numpy_gpt2(weights, TOKENS)
+    expected, _, _ = numpy_gpt2(weights, TOKENS)
     logits = gpt(torch.tensor([TOKENS])).logits[0].detach().numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     in_float64 = gpt.double()(torch.tensor([TOKENS])).logits[0].detach().numpy()
@@ -141,6 +152,28 @@ def test_loss_in_parts_is_the_loss(cells):
     assert max(sizes) <= max(cells, 7)                              # no float32 copy of all 70 logits
 
 
+@pytest.mark.parametrize("cells", [1, 21, 69, 1000])
+def test_divergence_is_kullback_leibler_also_in_parts(cells):
+    """Against the sum written out in numpy, and its gradient (softmax(logits) - softmax(wanted)) / (B T)."""
+    logits = (2 * torch.randn(2, 5, 7)).requires_grad_()
+    wanted = 2 * torch.randn(2, 5, 7)
+    q, p = (np.exp(t.detach().double().numpy()) for t in (logits, wanted))
+    q, p = (t / t.sum(-1, keepdims=True) for t in (q, p))
+    found = divergence(logits, wanted, cells)
+    found.backward()
+    assert found.item() == pytest.approx((p * np.log(p / q)).sum(-1).mean(), abs=1e-6)
+    np.testing.assert_allclose(logits.grad, (q - p) / 10, atol=1e-7)
+    assert divergence(wanted, wanted, cells).item() == pytest.approx(0, abs=1e-7)
+    assert divergence(logits, wanted, cells) != divergence(wanted, logits, cells)    # it has a direction
+    narrow, sizes = logits.detach().bfloat16().requires_grad_(), []    # as under autocast: summed in float32
+    with Watch(lambda t: sizes.append(t.numel() * (t.dtype == torch.float32))):
+        rounded = divergence(narrow, wanted.bfloat16(), cells)
+        rounded.backward()
+    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(found.item(), rel=0.02)
+    np.testing.assert_allclose(narrow.grad.float(), (q - p) / 10, atol=1e-3)
+    assert 7 <= max(sizes) <= max(cells, 7)                         # no float32 copy of all 70 logits
+
+
 def test_gpt2s_initialisation():
     config = GPTConfig(block_size=256, vocab_size=500, n_layer=6, n_head=4, n_embd=128)
     for name, p in GPT(config).named_parameters():
@@ -155,20 +188,23 @@ def test_gpt2s_initialisation():
 
 def test_parameter_names_and_count_of_gpt2():
     with torch.device("meta"):
-        gpt = GPT(GPTConfig())
+        gpt, gated = GPT(GPTConfig()), GPT(GPTConfig(gated=True))
     assert sum(p.numel() for p in gpt.parameters()) == 124_439_808
     assert set(gpt.state_dict()) == set(gpt2_weights(L=12))
+    thresholds = {name: p for name, p in gated.named_parameters() if name not in gpt.state_dict()}
+    assert set(thresholds) == {f"h.{n}.attn.gate_bias" for n in range(12)}
+    assert all(p.shape == (12,) and not p.requires_grad for p in thresholds.values())
 
 
 def pair(**fields):
     """The same weights dense and gated in float64, scaled up so that attention is far from uniform."""
     dense = GPT(GPTConfig(**{**TINY, **fields})).double()
-    gated = GPT(GPTConfig(**{**TINY, **fields}, gated=True, gate_bias=100.0)).double()
     with torch.no_grad():
         for p in dense.parameters():
             if p.ndim == 2:
                 p.mul_(12)
-    gated.load_state_dict(dense.state_dict())
+    gated = copy.deepcopy(dense)
+    gated.set_gates(True, 100.0)
     return dense, gated
 
 
@@ -184,14 +220,15 @@ def test_all_gates_open_is_the_dense_model(causal, training):
         assert out.active_edges.shape == out.expected_edges.shape == (2, 3)
         assert out.active_edges.eq(1).all()
         torch.testing.assert_close(out.expected_edges, torch.ones(2, 3).double())
-    for (name, a), b in zip(dense.named_parameters(), gated.parameters()):
-        torch.testing.assert_close(b.grad, a.grad, atol=1e-6, rtol=0, msg=name)
+    theirs = dict(gated.named_parameters())
+    for name, p in dense.named_parameters():
+        torch.testing.assert_close(theirs[name].grad, p.grad, atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_expected_edges_are_sums_of_sigmoids_and_differentiable(training):
     gated = pair()[1].train(training)
-    gated.config.gate_bias = 0.3
+    gated.set_gates(True, 0.3)
     seen = []
     for block in gated.h:
         block.attn.c_attn.register_forward_hook(lambda module, args, out: seen.append(out.detach().numpy()))
@@ -222,7 +259,7 @@ def test_gates_behave_like_dropout():
 def test_attention_maps_are_what_the_layers_use(gated):
     """Rebuild each layer's output from its map: the map times the values is what c_proj receives."""
     gpt = pair()[gated].eval()
-    gpt.config.gate_bias = 0.0
+    gpt.set_gates(gated, 0.0)
     idx = torch.randint(31, (2, 12))
     seen = []
     for block in gpt.h:
@@ -238,26 +275,195 @@ def test_attention_maps_are_what_the_layers_use(gated):
     torch.testing.assert_close((maps > 0).double().sum((3, 4)).mean(1) / 78, out.active_edges)
     if not gated:
         torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 3, 12).double())
+    torch.manual_seed(1)    # hard gates, whatever the mode, and no draw is taken
+    assert torch.equal(gpt.train().attention_maps(idx), maps) and gpt.training
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
 
 
-def test_generate_is_greedy_or_drawn_from_the_top_k():
-    gpt = pair()[0].eval()
-    idx = torch.tensor([TOKENS[:4]])
-    tokens = idx
-    for _ in range(20):    # runs past block_size: only the last 12 tokens are read
-        tokens = torch.cat((tokens, gpt(tokens[:, -12:]).logits[:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(gpt.generate(idx, 20, temperature=0), tokens)
-    assert torch.equal(gpt.generate(idx, 20, top_k=1), tokens)
-    logits = gpt(idx).logits[0, -1]
-    draws = gpt.generate(idx.expand(4000, -1), 1, top_k=3, generator=torch.Generator().manual_seed(0))[:, -1]
-    p = torch.softmax(logits.topk(3).values, 0)
-    share = torch.stack([(draws == t).float().mean() for t in logits.topk(3).indices])
-    assert ((share - p).abs() <= 4 * (p * (1 - p) / 4000).sqrt()).all()
-    draws = gpt.generate(idx.expand(4000, -1), 1, temperature=0.5, generator=torch.Generator().manual_seed(0))[:, -1]
-    p = torch.softmax(2 * logits, 0)
-    share = torch.bincount(draws, minlength=31) / 4000
-    assert ((share - p).abs() <= 4 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
+# ---- thresholds: b of every head, in the model and in a file
 
+THRESHOLDS = [[-0.5, 0.25, 1.5], [0.125, -2.0, 3.0]]    # (L,H), exact in float32
+
+
+def with_thresholds(gpt, values):
+    with torch.no_grad():
+        for block, b in zip(gpt.h, values):
+            block.attn.gate_bias.copy_(torch.tensor(b, dtype=torch.float64))
+    return gpt
+
+
+def thresholds(gpt):
+    return [block.attn.gate_bias.tolist() for block in gpt.h]
+
+
+@pytest.mark.parametrize("b", [THRESHOLDS, [[0.1] * 3] * 2])
+def test_thresholds_act_in_evaluation_in_maps_and_in_expected_edges(tmp_path, b):
+    weights = gpt2_weights()
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    gpt = with_thresholds(GPT.from_pretrained(tmp_path, n_head=3, gated=True).double(), b)
+    logits, maps, p_open = numpy_gpt2(weights, TOKENS, b=b)
+    out = gpt(torch.tensor([TOKENS]))
+    np.testing.assert_allclose(out.logits[0].detach(), logits, atol=1e-10)
+    np.testing.assert_allclose(out.expected_edges.detach(), p_open.sum((2, 3)) / 78, atol=1e-12)
+    np.testing.assert_allclose(out.active_edges, (maps > 0).sum((2, 3)) / 78, atol=1e-12)
+    np.testing.assert_allclose(gpt.attention_maps(torch.tensor([TOKENS]))[:, 0], maps, atol=1e-12)
+    assert 0.2 < (maps > 0).sum() / (6 * 78) < 0.9    # open and closed edges are both there
+
+
+def test_trained_thresholds_get_the_gradient_of_the_expected_edges():
+    gpt = with_thresholds(pair()[1].eval(), THRESHOLDS)
+    for block in gpt.h:
+        block.attn.gate_bias.requires_grad_()
+    idx = torch.randint(31, (4, 12))
+    gpt(idx).expected_edges[1].sum().backward()    # of the last layer: its own b acts smoothly
+    for head in range(3):
+        shares = []
+        for step in (-1e-6, 1e-6):
+            moved = copy.deepcopy(THRESHOLDS)
+            moved[1][head] += step
+            shares.append(with_thresholds(gpt, moved)(idx).expected_edges[1].sum().item())
+        assert gpt.h[1].attn.gate_bias.grad[head].item() == pytest.approx((shares[1] - shares[0]) / 2e-6, rel=1e-5)
+    before = GPT(GPTConfig(**TINY, gated=True))
+    before(idx).expected_edges.sum().backward()
+    assert all(block.attn.gate_bias.grad is None for block in before.h)    # not trained unless asked for
+
+
+def test_set_gates_keeps_thresholds_unless_a_bias_is_given():
+    gpt = pair()[0]
+    assert gpt.config.gated is False and all(block.attn.gate_bias is None for block in gpt.h)
+    gpt.set_gates(True)
+    assert thresholds(gpt) == [[2.0] * 3] * 2 and gpt.config.gated    # GPTConfig's own gate_bias
+    assert all(b.dtype == torch.float64 and not b.requires_grad for b in (block.attn.gate_bias for block in gpt.h))
+    with_thresholds(gpt, THRESHOLDS)
+    gpt.h[0].attn.gate_bias.requires_grad_()
+    gpt.set_gates(True)
+    assert thresholds(gpt) == THRESHOLDS and gpt.h[0].attn.gate_bias.requires_grad
+    gpt.set_gates(True, -1.5)
+    assert thresholds(gpt) == [[-1.5] * 3] * 2 and gpt.config.gate_bias == -1.5
+    gpt.set_gates(True, 0)    # 0 is a bias too
+    assert thresholds(gpt) == [[0.0] * 3] * 2 and gpt.config.gate_bias == 0
+    gpt.set_gates(False)
+    assert not gpt.config.gated and not any("gate_bias" in name for name in gpt.state_dict())
+    gpt.set_gates(True)
+    assert thresholds(gpt) == [[0.0] * 3] * 2
+
+
+def test_thresholds_are_saved_and_read(tmp_path):
+    gated = with_thresholds(GPT(GPTConfig(**TINY, gated=True, gate_bias=1.5)), THRESHOLDS)
+    path = tmp_path / "model.pt"
+    save_checkpoint(gated, path)
+    saved = torch.load(path, weights_only=True)["model"]
+    assert [saved[f"h.{n}.attn.gate_bias"].tolist() for n in range(2)] == THRESHOLDS
+    again = GPT.from_pretrained(path)
+    assert thresholds(again) == thresholds(gated) and again.config.gate_bias == 1.5
+    idx = torch.tensor([TOKENS])
+    assert torch.equal(again(idx).logits, gated.eval()(idx).logits)
+    assert torch.equal(again(idx).active_edges, gated(idx).active_edges)
+    assert thresholds(GPT.from_pretrained(path, gated=True, block_size=5)) == thresholds(gated)
+    other = GPT.from_pretrained(path, gate_bias=-0.25)
+    assert thresholds(other) == [[-0.25] * 3] * 2 and other.config.gate_bias == -0.25
+    dense = GPT.from_pretrained(path, gated=False)
+    assert set(dense.state_dict()) == set(gpt2_weights()) and not dense.config.gated
+    assert dense(idx).active_edges.eq(1).all()
+
+
+def test_a_checkpoint_without_thresholds_takes_those_of_its_config(tmp_path):
+    gated = GPT(GPTConfig(**TINY, gated=True, gate_bias=0.75))
+    save_checkpoint(gated, tmp_path / "new.pt")
+    content = torch.load(tmp_path / "new.pt", weights_only=True)
+    content["model"] = {name: t for name, t in content["model"].items() if "gate_bias" not in name}
+    torch.save(content, tmp_path / "old.pt")
+    old = GPT.from_pretrained(tmp_path / "old.pt")
+    assert thresholds(old) == [[0.75] * 3] * 2 and old.config == gated.config
+    assert thresholds(GPT.from_pretrained(tmp_path / "old.pt", gate_bias=3)) == [[3.0] * 3] * 2
+    assert not any("gate_bias" in name for name in GPT.from_pretrained(tmp_path / "old.pt", gated=False).state_dict())
+    idx = torch.tensor([TOKENS])
+    assert torch.equal(old(idx).logits, gated.eval()(idx).logits)
+    save_checkpoint(pair()[0].float(), tmp_path / "dense.pt")    # gates on a dense one: those of its config, or as told
+    assert thresholds(GPT.from_pretrained(tmp_path / "dense.pt", gated=True)) == [[2.0] * 3] * 2
+    assert thresholds(GPT.from_pretrained(tmp_path / "dense.pt", gated=True, gate_bias=-4)) == [[-4.0] * 3] * 2
+
+
+def test_thresholds_that_do_not_fit_are_named(tmp_path):
+    gated = GPT(GPTConfig(**TINY, gated=True))
+    save_checkpoint(gated, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+
+    def changed(**tensors):
+        torch.save({**content, "model": {**content["model"], **tensors}}, tmp_path / "bad.pt")
+        return tmp_path / "bad.pt"
+
+    for shape in ((4,), (1,), ()):
+        refused(r"h.0.attn.gate_bias has shape \(.*\) instead of \(3,\)", GPT.from_pretrained,
+                changed(**{"h.0.attn.gate_bias": torch.zeros(shape)}))
+    refused("h.2.attn.gate_bias is not a GPT tensor", GPT.from_pretrained,
+            changed(**{"h.2.attn.gate_bias": torch.zeros(3)}))
+
+
+# ---- the parts of an attention
+
+def test_heads_of_copies_are_the_heads_of_each_copy():
+    attn = pair()[0].h[0].attn
+    torch.nn.init.normal_(attn.c_attn.bias)
+    copies = torch.randn(2, 3, 5, 24, dtype=torch.float64)                           # (B,H,T,C)
+    found = attn.heads(copies)
+    assert isinstance(found, tuple) and len(found) == 3
+    for head in range(3):
+        alone = attn.heads(copies[:, head])                                          # the head's copy for all heads
+        assert isinstance(alone, tuple) and len(alone) == 3
+        for one, each in zip(alone, found):
+            assert one.shape == each.shape == (2, 3, 5, 8)
+            torch.testing.assert_close(each[:, head], one[:, head])
+    W, b = attn.c_attn.weight.detach().numpy(), attn.c_attn.bias.detach().numpy()
+    for part, name in enumerate("qkv"):    # against numpy, with the rows of c_attn counted by hand
+        for head in range(3):
+            rows = slice(24 * part + 8 * head, 24 * part + 8 * head + 8)
+            np.testing.assert_allclose(found[part][:, head].detach(), copies[:, head].numpy() @ W[rows].T + b[rows],
+                                       atol=1e-12, err_msg=name)
+
+
+def test_the_forward_pass_is_heads_then_attend_then_project():
+    gpt = pair()[1].eval()
+    gpt.set_gates(True, 0.2)
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    attn = gpt.h[1].attn
+    z, expected, active = attn.attend(*attn.heads(x))
+    y, share, open_share = attn(x)
+    assert torch.equal(attn.project(z), y) and z.shape == (2, 3, 5, 8)
+    torch.testing.assert_close(share, expected.mean(0))
+    torch.testing.assert_close(open_share, active.mean(0))
+    W, b = attn.c_proj.weight, attn.c_proj.bias
+    by_hand = sum(z[:, h] @ W[:, 8 * h:8 * h + 8].T for h in range(3)) + b    # heads side by side
+    torch.testing.assert_close(y, by_hand)
+    attn.train()    # forward samples then; attend does only as asked
+    assert torch.equal(attn.attend(*attn.heads(x))[0], z)
+    torch.manual_seed(2)
+    drawn = attn(x)[0]
+    torch.manual_seed(2)
+    assert torch.equal(attn.project(attn.attend(*attn.heads(x), sample=True)[0]), drawn) and not torch.equal(drawn, y)
+
+
+def test_score_weights_are_views_of_the_rows_of_q_and_k():
+    """Changing them changes queries and keys, and not one value."""
+    attn = pair()[1].h[0].attn
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    before = [t.clone() for t in attn.heads(x)]
+    rest = [p.detach()[48:].clone() for p in (attn.c_attn.weight, attn.c_attn.bias)]
+    found = attn.score_weights()
+    assert [tuple(p.shape) for p in found] == [(48, 24), (48,)]
+    with torch.no_grad():
+        for p in found:
+            p.add_(torch.rand_like(p) + 0.5)
+    q, k, v = attn.heads(x)
+    assert (q != before[0]).all() and (k != before[1]).all() and torch.equal(v, before[2])
+    assert all(torch.equal(p[48:], old) for p, old in zip((attn.c_attn.weight, attn.c_attn.bias), rest))
+    attn.c_attn.bias.requires_grad_(False)    # frozen: not among them
+    assert [tuple(p.shape) for p in attn.score_weights()] == [(48, 24)]
+
+
+# ---- files
 
 def test_checkpoints_round_trip(tmp_path):
     gated = GPT(GPTConfig(**TINY, gated=True, gate_bias=1.5, causal=False))
@@ -265,10 +471,10 @@ def test_checkpoints_round_trip(tmp_path):
     save_checkpoint(gated, path, step=7, geco={"log_lam": 0.1})
     plain = torch.load(path, weights_only=True)
     assert plain["step"] == 7 and plain["geco"] == {"log_lam": 0.1} and plain["config"]["gate_bias"] == 1.5
-    again = load_checkpoint(path)
-    assert again.config == gated.config
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), gated.state_dict().values()))
-    assert load_checkpoint(path, gated=False).config.gated is False
+    again = GPT.from_pretrained(path)
+    assert again.config == gated.config and again.state_dict().keys() == gated.state_dict().keys()
+    assert all(torch.equal(t, gated.state_dict()[name]) for name, t in again.state_dict().items())
+    assert GPT.from_pretrained(path, gated=False).config.gated is False
     assert not again.training
     assert list(tmp_path.iterdir()) == [path]
 
@@ -375,11 +581,11 @@ def test_downloads_once_checks_the_hash_and_says_what_to_do_without_network(tmp_
     weights = gpt2_weights(C=64)
     (tmp_path / "gpt2").mkdir()
     write_safetensors(tmp_path / "gpt2" / "model.safetensors", weights)
-    monkeypatch.setattr(files, "GPT2_URL", tmp_path.as_uri() + "/{}/model.safetensors")
+    monkeypatch.setattr(weights_in, "GPT2_URL", tmp_path.as_uri() + "/{}/model.safetensors")
     refused("(?s)invalid hash value.*pass its path instead", GPT.from_pretrained, "gpt2")
     assert not list((tmp_path / "hub").rglob("*.*"))
     refused("(?s)cannot download .*gpt2-xl.*pass its path instead of 'gpt2-xl'", GPT.from_pretrained, "gpt2-xl")
-    monkeypatch.setitem(files.GPT2_SHA256, "gpt2", None)
+    monkeypatch.setitem(weights_in.GPT2_SHA256, "gpt2", None)
     gpt = GPT.from_pretrained("gpt2", gated=True)
     assert gpt.config.n_head == 1 and gpt.config.gated
     (tmp_path / "gpt2" / "model.safetensors").unlink()

@@ -10,27 +10,31 @@ from extras import sweep
 def test_runs_differ_in_one_option_and_share_the_default(tmp_path):
     for name, (base, option, values) in sweep.SWEEPS.items():
         found = sweep.commands(name, 2, tmp_path)
-        assert len(found) == 2 * len(values) == len({folder for _, folder in found.values()})
-        for (value, seed), (line, _) in found.items():
-            rest = line.removeprefix(base).removesuffix(f" --seed {seed}")
-            assert rest in ("", f" {option} {value}") and (rest == "") == (f"[{value}]" in values)
-    bias, tau = (set(sweep.commands(name, 2, tmp_path).values()) for name in ("bias", "tau"))
+        runs = [run for of_value in found.values() for run in of_value]
+        assert len(runs) == 2 * len(values) == len({folder for _, folder in runs})
+        for value, of_value in found.items():
+            for seed, (line, _) in enumerate(of_value):
+                rest = line.removeprefix(base).removesuffix(f" --seed {seed}")
+                assert rest in ("", f" {option} {value}") and (rest == "") == (f"[{value}]" in values)
+    bias, tau = ({run for of_value in sweep.commands(name, 2, tmp_path).values() for run in of_value}
+                 for name in ("bias", "tau"))
     assert {line for line, _ in bias & tau} == {f"{sweep.TOY} --seed 0", f"{sweep.TOY} --seed 1"}
 
 
 def test_the_bracketed_values_are_the_defaults(monkeypatch):
     """What a sweep leaves out must be what the command does without it."""
     import toy_addition
-    from extras.options import parse
+    from support.options import parser
     seen = []
     monkeypatch.setattr(toy_addition, "run", seen.append)
     monkeypatch.setattr("sys.argv", ["toy_addition.py"])
     toy_addition.main()
     monkeypatch.setattr("sys.argv", sweep.SMALL_GPT.split())
-    defaults = {sweep.TOY: seen[0], sweep.SMALL_GPT: parse("")[1]}
+    of_train = parser()
+    defaults = {sweep.TOY: vars(seen[0]).get, sweep.SMALL_GPT: of_train.get_default}
     for base, option, values in sweep.SWEEPS.values():
         value = next(v for v in values if v.startswith("["))
-        assert getattr(defaults[base], option[2:].replace("-", "_")) == float(value.strip("[]"))
+        assert defaults[base](option[2:].replace("-", "_")) == float(value.strip("[]"))
 
 
 def test_a_small_sweep(tmp_path, monkeypatch, capsys):
@@ -63,8 +67,8 @@ def test_a_small_sweep(tmp_path, monkeypatch, capsys):
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SWEEPS", {"bias": ("toy_addition.py", "--gate-bias", ("-1", "[2]"))})
     monkeypatch.setattr("sys.argv", ["sweep.py", "--seeds", "1", "--at-once", "1", "--out", str(tmp_path)])
-    monkeypatch.setattr(sweep, "commands", lambda *_: {("-1", 0): ("toy_addition.py --gate-bias=-1",
-                                                                   str(tmp_path / "run"))})
+    monkeypatch.setattr(sweep, "commands", lambda *_: {"-1": [("toy_addition.py --gate-bias=-1",
+                                                               str(tmp_path / "run"))]})
     with pytest.raises(SystemExit) as stopped:
         sweep.main()
     assert stopped.value.code == 2

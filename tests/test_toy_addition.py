@@ -10,8 +10,8 @@ import torch
 
 import toy_addition as toy
 from geco import Geco
-from extras.files import UserError, make_folder
-from model import GPT, load_checkpoint
+from model import GPT
+from support.files import UserError, make_folder
 
 ROOT = Path(toy.__file__).parent
 
@@ -85,7 +85,8 @@ def test_evaluate_counts_sums_and_edges():
     right = [all(p == t for p, t in zip(model(i[None]).logits[0].argmax(-1).tolist(), ts.tolist()) if t >= 0)
              for i, ts in zip(idx, targets)]
     edges = [(model.attention_maps(i[None]) > 0).sum().item() for i in idx]
-    found = toy.evaluate(model, idx, targets)
+    found, wrong = toy.evaluate(model, idx, targets)
+    assert wrong.tolist() == [not r for r in right]
     assert found["accuracy"] == pytest.approx(sum(right) / 20) and 10 <= sum(right) < 20
     assert found["active"] == pytest.approx(sum(edges) / 20)
     model.eval()
@@ -105,9 +106,6 @@ def test_training_samples_gates_whatever_mode_the_model_was_in():
         model = GPT(toy.toy_config(gated=True, gate_bias=0.0), generator=torch.Generator().manual_seed(0))
         history = toy.train(model.train(mode), idx, targets, 3, 1e-3, geco=toy.toy_geco(0.1), eval_every=3)
         active.append([row["expected"] for row in history])
-        assert model.training
-        toy.evaluate(model.eval(), idx[:8], targets[:8])
-        assert not model.training
     assert active[0] == active[1]
 
 
@@ -146,15 +144,16 @@ def test_a_minute_of_training_becomes_sparse():
     train_rows, held_out = toy.split()
     dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(0))
     toy.train(dense, idx[train_rows], targets[train_rows], 1200, 3e-3, batch_size=128)
-    assert toy.evaluate(dense, idx[held_out], targets[held_out])["accuracy"] > 0.95
-    sparse = GPT(toy.toy_config(gated=True))
+    assert toy.evaluate(dense, idx[held_out], targets[held_out])[0]["accuracy"] > 0.95
+    sparse = GPT(toy.toy_config()).train()
     sparse.load_state_dict(dense.state_dict())
-    start = toy.evaluate(sparse, idx[held_out], targets[held_out])["active"]
+    sparse.set_gates(True)
+    start = toy.evaluate(sparse, idx[held_out], targets[held_out])[0]["active"]
     history = toy.train(sparse, idx[train_rows], targets[train_rows], 1000, 1e-3, eval_every=100,
                         geco=toy.toy_geco(0.05))
-    found = toy.evaluate(sparse, idx[held_out], targets[held_out])
+    found = toy.evaluate(sparse, idx[held_out], targets[held_out])[0]
     assert found["active"] < 0.4 * 90 < start and found["accuracy"] > 0.99
-    again = toy.evaluate(sparse, idx[train_rows], targets[train_rows])
+    again = toy.evaluate(sparse, idx[train_rows], targets[train_rows])[0]
     assert again["active"] == pytest.approx(min(row["active"] for row in history
                                                 if "active" in row and toy.meets_constraint(row, 0.05)))
 
@@ -175,12 +174,12 @@ def test_the_command_writes_what_it_promises(tmp_path):
     assert {"seed", "dense_accuracy", "sparse_accuracy", "active_edges_per_example", "allowed_edges", "active_share",
             "carry_edge_with_carry", "carry_edge_without_carry", "tau", "seconds"} <= set(summary)
     assert summary["seed"] == 3 and summary["allowed_edges"] == 242
-    sparse = load_checkpoint(out / "sparse.pt")
+    sparse = GPT.from_pretrained(out / "sparse.pt")
     assert sparse.config == toy.toy_config("paper", gated=True, gate_bias=2.0)
     idx, targets = toy.addition_data("paper")
-    found = toy.evaluate(sparse, idx[toy.split()[1]], targets[toy.split()[1]])
+    found = toy.evaluate(sparse, idx[toy.split()[1]], targets[toy.split()[1]])[0]
     assert found["active"] == pytest.approx(summary["active_edges_per_example"], rel=1e-6)
-    assert not load_checkpoint(out / "dense.pt").config.gated
+    assert not GPT.from_pretrained(out / "dense.pt").config.gated
     for picture in ("addition.png", "training.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 

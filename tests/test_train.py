@@ -17,9 +17,12 @@ import pytest
 import torch
 
 import train
-from extras import report
-from extras.files import UserError
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
+from support import report
+from support.files import UserError
+from support.losses import divergence
+from support.place import Place
+from support.weights import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -98,23 +101,12 @@ def every_step(tiny):
     return tiny / "one"
 
 
-def test_windows_come_once_an_epoch_and_are_shifted_by_one():
-    tokens, T = np.arange(101, dtype=np.uint16), 10
-    idx, targets = train.batch(tokens, T, 0, 30, seed=3)
-    assert torch.equal(targets, idx + 1)
-    for epoch in idx.split(10):
-        assert sorted(epoch[:, 0].tolist()) == list(range(0, 100, 10))
-    assert not torch.equal(idx[:10], idx[10:20])    # in another order
-    again = torch.cat([train.batch(tokens, T, first, 3, seed=3)[0] for first in range(0, 30, 3)])
-    assert torch.equal(idx, again)                  # a function of the position alone
-
-
 def test_validation_against_a_loop(tiny):
-    model = load_checkpoint(tiny / "init.pt", gated=True, gate_bias=0.0)
+    model = GPT.from_pretrained(tiny / "init.pt", gated=True, gate_bias=0.0)
     tokens = np.random.default_rng(1).integers(0, 257, 16 * 7 + 1).astype(np.uint16)
-    args = argparse.Namespace(block_size=16, eval_windows=100, batch_size=3)
+    args = argparse.Namespace(eval_windows=100, batch_size=3)
     model.train()
-    ce, active = train.evaluate(model, tokens, train.Place("cpu", None), args)
+    ce, active = train.evaluate(model, tokens, Place("cpu", None), args)
     assert model.training                           # left as it was
     model.eval()
     rows = torch.from_numpy(tokens.astype(np.int64))
@@ -126,14 +118,6 @@ def test_validation_against_a_loop(tiny):
     maps = (model.attention_maps(rows[None, s:s + 16])[:, 0] for s in range(0, 112, 16))
     expected = sum((m > 0).sum((-2, -1)) for m in maps) / (7 * 136)
     torch.testing.assert_close(active, expected.double(), atol=1e-6, rtol=0)
-
-
-def test_divergence_is_kullback_leibler(tiny):
-    teacher = load_checkpoint(tiny / "init.pt")
-    idx, logits = torch.randint(0, 257, (2, 16)), torch.randn(2, 16, 257)
-    p = torch.softmax(teacher(idx).logits.double(), -1).detach().numpy()
-    q = torch.softmax(logits.double(), -1).numpy()
-    assert train.divergence(teacher, idx, logits).item() == pytest.approx((p * np.log(p / q)).sum(-1).mean(), abs=1e-5)
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -149,7 +133,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert f"{best['val_ce']:.4f}" in output and "tau 5.0000, met" in output
     for name in ("curve.png", "edges_by_head.png", "attention.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert load_checkpoint(out / "best.pt").config.gated
+    assert GPT.from_pretrained(out / "best.pt").config.gated
     assert not list(out.glob("*.tmp"))
 
 
@@ -195,7 +179,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, name, count,
     out = tiny / f"{how}-{name}"
     process = start(tiny, *options(tiny, out, "--tau", "5"), launcher=("-c", STOPPER, name, count, how))
     code, _, errors = finish(process)
-    assert code == (1 if how == "SIGINT" else -signal.SIGKILL)
+    assert code == (1 if how == "SIGINT" else -signal.SIGKILL), errors
     assert how == "SIGKILL" or f"--resume {out} goes on" in errors
     assert len(log(out)) == (2 if name == "log.csv" else 1)    # a killed one has not written its last row
     here(tiny, "--resume", out)
@@ -240,19 +224,20 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert (sparse / "log.csv").read_text() == before and (sparse / "curve.png").exists()
     assert f"dense control{log(control)[-1]['val_ce']:16.4f}" in output
-    args = json.loads((control / "args.json").read_text())
+    args, base = (json.loads((control / name).read_text()) for name in ("args.json", "base.json"))
     other = tiny / "other"
     for change, message in (({"dense": False}, "not --dense"), ({"lr": 0.5}, "other lr"),
-                            ({"base_ce": 1.0}, "other untouched model")):
+                            ({"ce": 1.0}, "other untouched model"), ({"block_size": 8}, "other untouched model")):
         shutil.copytree(control, other, dirs_exist_ok=True)
         (other / "args.json").write_text(json.dumps(args | change))
+        (other / "base.json").write_text(json.dumps(base | change))
         with pytest.raises(SystemExit) as stopped:
             here(tiny, "--report", sparse, "--control", other)
         assert stopped.value.code == 2 and f"is no control of {sparse}: {message}" in capsys.readouterr().err
     ours = argparse.Namespace(**json.loads((sparse / "args.json").read_text()) | {"steps": 11})
     (other / "args.json").write_text(json.dumps(args | {"steps": 11}))
     with pytest.raises(UserError, match="stopped at step 10 of 11"):
-        train.check_control(ours, other)
+        report.control_row(ours, other)
     untouched = log(sparse / "dense")[-1]["val_ce"]
     assert json.loads((sparse / "summary.json").read_text())["base_ce"] == pytest.approx(untouched, abs=1e-6)
 
@@ -263,14 +248,14 @@ def test_distillation_pulls_towards_the_teacher(tiny):
     for weight in ("0", "100"):
         here(tiny, *options(tiny, tiny / f"distill{weight}", "--tau", "5.6", "--distill", weight, "--steps", "10",
                             *OPEN))
-        model = load_checkpoint(tiny / f"distill{weight}" / "last.pt")
+        model = GPT.from_pretrained(tiny / f"distill{weight}" / "last.pt")
         idx = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(0))
-        out[weight] = train.divergence(load_checkpoint(tiny / "init.pt"), idx, model(idx).logits).item()
+        out[weight] = divergence(model(idx).logits, GPT.from_pretrained(tiny / "init.pt")(idx).logits).item()
     assert out["100"] < 0.3 * out["0"]
 
 
 def test_recomputing_activations_changes_nothing(tiny):
-    model = load_checkpoint(tiny / "init.pt", gated=True)
+    model = GPT.from_pretrained(tiny / "init.pt", gated=True).requires_grad_()    # thresholds too
     idx, gradients = torch.randint(0, 257, (2, 16)), []
     for model.recompute in (False, True):
         model.train().zero_grad()
@@ -282,13 +267,86 @@ def test_recomputing_activations_changes_nothing(tiny):
         torch.testing.assert_close(kept, recomputed)
 
 
+def test_scores_move_at_their_own_rate(tiny, tmp_path):
+    """One step from the same weights, --score-lr 1 and 5: q, k and thresholds move 5 times as far, all else as far."""
+    before, moved = GPT.from_pretrained(tiny / "init.pt"), {}
+    for rate in ("1", "5"):
+        here(tiny, *options(tiny, tmp_path / rate, "--tau", "5", "--score-lr", rate, "--learn-gate-bias"),
+             "--steps", "1", "--warmup", "1", "--weight-decay", "0.5")
+        after = GPT.from_pretrained(tmp_path / rate / "last.pt")
+        moved[rate] = {name: t - before.state_dict().get(name, torch.tensor(2.0))
+                       for name, t in after.state_dict().items()}
+    for name, one in moved["1"].items():
+        five, scores = moved["5"][name], torch.zeros(len(one), dtype=torch.bool)
+        if "c_attn" in name:
+            scores[:64] = True
+        scores[:] = True if "gate_bias" in name else scores
+        assert one.abs().max() > 1e-4
+        torch.testing.assert_close(five[scores], 5 * one[scores], rtol=1e-3, atol=2e-6)
+        torch.testing.assert_close(five[~scores], one[~scores], rtol=0, atol=0)
+
+
+def test_many_steps_at_another_rate_are_adamw_with_that_rate(tiny):
+    """Against AdamW itself, on q, k and v as tensors of their own, with decay, over steps whose gradients change."""
+    torch.manual_seed(3)
+    model = GPT.from_pretrained(tiny / "init.pt", gated=True).train()
+    for block in model.h:
+        block.attn.gate_bias.requires_grad_()
+    optimizer, scores = train.adamw(model, argparse.Namespace(weight_decay=0.3))
+    c_attn, b = model.h[1].attn.c_attn.weight, model.h[1].attn.gate_bias
+    parts = [t.detach().clone().requires_grad_() for t in (c_attn[:64], c_attn[64:], b)]
+    theirs = torch.optim.AdamW([{"params": parts[:1], "lr": 0.03}, {"params": parts[1:2], "lr": 0.01},
+                                {"params": parts[2:], "lr": 0.03, "weight_decay": 0}],
+                               betas=(0.9, 0.95), weight_decay=0.3)
+    idx = torch.randint(257, (4, 17))
+    for _ in range(5):
+        out = model(idx[:, :-1], idx[:, 1:])
+        (out.loss + out.expected_edges.mean()).backward()
+        for part, grad in zip(parts, (c_attn.grad[:64], c_attn.grad[64:], b.grad)):
+            part.grad = grad.clone()
+        theirs.step()
+        train.optimizer_step(optimizer, 0.01, scores, 3.0)
+        for part, ours in zip(parts, (c_attn[:64], c_attn[64:], b)):
+            torch.testing.assert_close(ours, part, rtol=1e-5, atol=1e-6)
+
+
+def test_thresholds_are_trained_only_if_asked_and_stay_with_the_model(tiny, finished, tmp_path):
+    fixed = GPT.from_pretrained(finished[0] / "last.pt")
+    assert all(block.attn.gate_bias.eq(2).all() for block in fixed.h)
+    here(tiny, *options(tiny, tmp_path / "learn", "--tau", "5", "--learn-gate-bias"))
+    b = torch.stack([block.attn.gate_bias for block in GPT.from_pretrained(tmp_path / "learn" / "last.pt").h])
+    assert b.ne(2).all() and b.unique().numel() == 4
+    before = (tmp_path / "learn" / "log.csv").read_text()
+    saved = torch.load(tmp_path / "learn" / "last.pt", weights_only=True)
+    here(tiny, "--resume", tmp_path / "learn")    # the run is over: nothing changes
+    assert (tmp_path / "learn" / "log.csv").read_text() == before
+    assert {"h.0.attn.gate_bias", "h.1.attn.gate_bias"} <= saved["model"].keys()
+
+
+def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def load(path, **overrides):
+        seen.append((Path(path).name, overrides))
+        return GPT.from_pretrained(path, **overrides)
+
+    arguments = [*options(tiny, tmp_path / "run", "--tau", "5"), "--steps", "1", "--block-size", "8", "--twice"]
+    monkeypatch.setenv("TORCH_HOME", str(tiny / "home"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main(load=load, options=[("twice", bool, False, "of the loader")],
+               prepare=lambda model, args: seen.append((type(model).__name__, args.twice, args.dtype)))
+    assert seen[:2] == [("init.pt", {"block_size": 8}), ("GPT", True, "float32")]
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["twice"] is True
+
+
 @pytest.mark.parametrize("args, message", [
     (["--tau", "0"], "0 is not between"),
     (["--dense", "--tau", "3"], "--dense is the control"),
+    (["--dense", "--learn-gate-bias"], "--dense is the control"),
     (["--resume", "nowhere"], "cannot read nowhere"),
     (["--resume", "WHOLE", "--steps", "7"], "goes on with the options of its run"),
-    (["--lora-all"], "--lora-rank adapts a model that is there"),
-    (["--init", "scratch", "--lora-rank", "8"], "--lora-rank adapts a model that is there"),
+    (["--lora-rank", "8"], "unrecognized arguments: --lora-rank 8"),
+    (["--score-lr", "-1"], "-1 is not between"),
     (["--layers", "3"], "error: --layers need --init scratch"),
     (["--report", "WHOLE", "--steps", "7"], "only --control goes with it"),
     (["--control", "nowhere", "--init", "INIT", "--data", "TEXT", "--out", "OUT"], "cannot read"),
@@ -304,7 +362,7 @@ def test_recomputing_activations_changes_nothing(tiny):
 def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.setenv("TORCH_HOME", str(tiny / "home"))
     save_checkpoint(GPT(GPTConfig(16, 13, 1, 1, 8)), tmp_path / "odd.pt")
-    broken = load_checkpoint(tiny / "init.pt")
+    broken = GPT.from_pretrained(tiny / "init.pt")
     with torch.no_grad():
         broken.ln_f.bias[0] = math.nan
     save_checkpoint(broken, tmp_path / "broken.pt")
@@ -326,7 +384,7 @@ def test_a_step_that_would_break_the_weights_is_not_made(tiny, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         here(tiny, *options(tiny, tmp_path / "run", "--tau", "5"))
     assert stop.value.code == 2 and "its gradient inf at step 7\nstart anew" in capsys.readouterr().err
-    weights = load_checkpoint(tmp_path / "run" / "last.pt").state_dict()
+    weights = GPT.from_pretrained(tmp_path / "run" / "last.pt").state_dict()
     assert all(t.isfinite().all() for t in weights.values()) and len(log(tmp_path / "run")) == 2
 
 
@@ -340,13 +398,17 @@ def test_another_number_of_processes_is_refused(tiny, finished, tmp_path, capsys
 
 
 def test_a_sparse_model_goes_on_with_its_own_gates(tiny, capsys):
-    model = load_checkpoint(tiny / "init.pt", gated=True, gate_bias=0.0)
+    model = GPT.from_pretrained(tiny / "init.pt", gated=True, gate_bias=0.0)
+    for block in model.h:
+        block.attn.gate_bias.data = torch.tensor([0.5, -0.5])
     save_checkpoint(model, tiny / "sparse.pt")
     here(tiny, *options(tiny, tiny / "again", "--steps", "1", "--tau", "5"), "--init", tiny / "sparse.pt")
-    args, rows = json.loads((tiny / "again" / "args.json").read_text()), log(tiny / "again")
-    assert 0.3 < args["base_active"] < 1 and rows[0]["active"] == pytest.approx(args["base_active"])
-    assert load_checkpoint(tiny / "again" / "last.pt").config.gate_bias == 0.0
-    assert "has gates already" in capsys.readouterr().out
+    base, rows = json.loads((tiny / "again" / "base.json").read_text()), log(tiny / "again")
+    assert 0.3 < base["active"] < 1 and rows[0]["active"] == pytest.approx(base["active"])
+    again = GPT.from_pretrained(tiny / "again" / "last.pt")
+    assert again.config.gate_bias == 0.0
+    assert [block.attn.gate_bias.tolist() for block in again.h] == [[0.5, -0.5], [0.5, -0.5]]
+    assert "has gates, training goes on from them" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the texts lie beside the checkout in development only")

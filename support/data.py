@@ -1,9 +1,10 @@
-"""Text in, tokens out: the data that train.py reads.
+"""Text in, tokens out: what train.py reads, and the two vocabularies that need no file.
 
     train, val = load("openwebtext", gpt2_encoding())    # two arrays of tokens, in the cache after the first call
+    idx, targets = batch(train, T=1024, first=0, count=16, seed=0)
 
-A source is a name (see --data in train.py) or a path. Text is cut into documents, each goes to the training or the
-validation split as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split.
+A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, each goes to the training
+or the validation split as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split.
 """
 import ast
 import lzma
@@ -14,41 +15,80 @@ import sys
 import sysconfig
 import tarfile
 import zlib
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 from tqdm import tqdm
 
-from extras.files import UserError, fetch
+from support.files import UserError, fetch
 
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"
-OPENWEBTEXT_10K = "https://cdn-datasets.huggingface.co/nlp/datasets/openwebtext/openwebtext-10k.tar.xz"
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
-SHA256 = {    # of the files whose hash we know
-    FINEWEB.format("val", 0): "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640",
-    FINEWEB.format("train", 1): "771fa4a99b9fe0946ffb6e848b4ba5c6a9b0fe87860ebf03bc2c1c7e45f8178e",
-}
 OFFLINE = ("without network: --data PATH (a .txt, a folder of them, a .bin of tokens), or\n"
            "python train.py --init scratch --data stdlib")
+NAMES = r"stdlib|openwebtext(?:-(\d+))?"
 HELD_OUT = 20       # one document in 20 is for validation
-SHARD_MAGIC = 20240520
-FINEWEB_NAME, OPENWEBTEXT_NAME = r"fineweb(?:-(\d+))?", r"openwebtext(?:-(\d+|10k))?"
 
 
-def is_name(source):
-    return re.fullmatch(f"stdlib|{FINEWEB_NAME}|{OPENWEBTEXT_NAME}", source) is not None
+# ---- Vocabularies
 
+def byte_encoding():
+    """Every byte is a token, 256 is <|endoftext|>: a vocabulary that needs no download."""
+    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
+                             special_tokens={"<|endoftext|>": 256})
+
+
+def gpt2_encoding():
+    """GPT-2's byte-pair encoding, which tiktoken downloads once."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:    # requests' errors are OSErrors; ValueError: wrong hash
+        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nTIKTOKEN_CACHE_DIR names a folder "
+                        "that has it; python train.py --init scratch --data stdlib needs none") from error
+
+
+def encoding_of(model):
+    """The tokens that a model was trained on, told by the size of its vocabulary."""
+    encodings = {50257: gpt2_encoding, 257: byte_encoding}
+    if model.config.vocab_size not in encodings:
+        raise UserError(f"no encoding is known for a vocabulary of {model.config.vocab_size} tokens\n"
+                        "expected 50257 (GPT-2) or 257 (bytes)")
+    return encodings[model.config.vocab_size]()
+
+
+# ---- Batches
+
+def window(tokens, start, T):
+    """T tokens and the one after them, (T+1) int64."""
+    return torch.from_numpy(tokens[start:start + T + 1].astype(np.int64))
+
+
+@lru_cache(maxsize=2)    # a batch may reach into the next epoch
+def epoch_order(windows, seed, epoch):
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+
+
+def batch(tokens, T, first, count, seed):
+    """Windows number first, first + 1, ... of an endless stream -> idx (B,T) and next tokens (B,T).
+
+    The windows do not overlap; each comes once an epoch, in an order drawn anew for every epoch.
+    """
+    windows, rows = (len(tokens) - 1) // T, []
+    for n in range(first, first + count):
+        start = T * int(epoch_order(windows, seed, n // windows)[n % windows])
+        rows.append(window(tokens, start, T))
+    rows = torch.stack(rows)                                         # (B,T+1)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ---- Sources
 
 def load(source, encoding):
     """Tokens of the training and of the validation split, two memory-mapped arrays of whole documents."""
     cache = Path(torch.hub.get_dir(), "sparse-attention-data")
-    if match := re.fullmatch(FINEWEB_NAME, source):
-        if encoding.n_vocab != 50257:
-            raise UserError("fineweb comes as GPT-2's tokens, and this model has others\npass text: --data FOLDER")
-        train = download(FINEWEB.format("train", int(match[1] or 1)), cache)
-        return read_tokens(train, encoding), read_tokens(download(FINEWEB.format("val", 0), cache), encoding)
     if source.endswith(".bin"):
         tokens = read_tokens(source, encoding)
         cut = len(tokens) * (HELD_OUT - 1) // HELD_OUT
@@ -58,25 +98,20 @@ def load(source, encoding):
 
     if source == "stdlib":
         documents, key = docstrings, f"stdlib-{sys.version_info.major}.{sys.version_info.minor}"
-    elif match := re.fullmatch(OPENWEBTEXT_NAME, source):
-        url = OPENWEBTEXT_10K if match[1] == "10k" else OPENWEBTEXT.format(int(match[1] or 0))
-        archive = download(url, cache)
-        documents, key = lambda: archived_texts(archive), archive.name.partition(".")[0]
+    elif match := re.fullmatch(NAMES, source):
+        url = OPENWEBTEXT.format(int(match[1] or 0))
+        archive = fetch(url, cache / url.rpartition("/")[2], OFFLINE)
+        documents, key = lambda: archived_texts(archive), archive.stem
     elif os.path.exists(source):
         files = sorted(Path(source).rglob("*.txt")) if os.path.isdir(source) else [Path(source)]
         stamp = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         documents, key = lambda: texts_of(files), f"{Path(source).stem}-{zlib.crc32(stamp.encode()):08x}"
     else:
-        raise UserError(f"no such data: {source}\n"
-                        "expected openwebtext[-N], openwebtext-10k, fineweb[-N], stdlib or a path")
+        raise UserError(f"no such data: {source}\nexpected openwebtext[-N], stdlib or a path")
     folder = cache / f"{key}-{encoding.name}"
     if not folder.exists():
         tokenise(documents(), encoding, folder)
     return read_tokens(folder / "train.bin", encoding), read_tokens(folder / "val.bin", encoding)
-
-
-def download(url, folder):
-    return fetch(url, folder / url.rpartition("/")[2], SHA256.get(url), OFFLINE)
 
 
 def archived_texts(path):
@@ -101,7 +136,7 @@ def texts_of(files):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            raise UserError(f"cannot read {path}: {error.strerror}\npass text files that you may read") from error
         yield from filter(str.strip, re.split(r"\n{3,}", text))
 
 
@@ -150,15 +185,9 @@ def tokenise(documents, encoding, folder):
 
 
 def read_tokens(path, encoding):
-    """A file of tokens, mapped into memory: raw uint16 (uint32 for a large vocabulary), or a fineweb shard."""
+    """A file of tokens, mapped into memory: uint16, or uint32 for a vocabulary that needs it."""
     try:
-        head = np.fromfile(path, np.int32, 256)
-        if len(head) == 256 and head[0] == SHARD_MAGIC:
-            tokens = np.memmap(path, np.uint16, "r", offset=head.nbytes)
-            if head[1] != 1 or len(tokens) != head[2]:
-                raise ValueError(f"its header promises {head[2]} tokens, it holds {len(tokens)}")
-        else:
-            tokens = np.memmap(path, token_type(encoding), "r")
+        tokens = np.memmap(path, token_type(encoding), "r")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tokens in {path}: {error}\ndelete it, or pass another --data") from error
     if tokens.max() >= encoding.n_vocab:

@@ -1,15 +1,16 @@
-"""Where a process of train.py computes: alone, or as one of several that torchrun started."""
+"""Where a process computes: alone, or as one of several that torchrun started."""
+import contextlib
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from extras.files import pick_device
+from support.files import pick_device
 
 
 class Place:
-    """Where this process computes: its rank of size, device, and the autocast of its forward passes."""
+    """This process's rank among `size`, its device, and the dtype of its forward passes."""
 
     def __init__(self, device, dtype):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -33,6 +34,15 @@ class Place:
         dist.all_reduce(total)
         return (total / self.size).tolist()
 
-    def wait(self):
-        if self.size > 1:
+    def any(self, here):
+        """Is it so on any rank?"""
+        return self.mean(bool(here))[0] > 0
+
+    @contextlib.contextmanager
+    def rank_0_first(self):
+        """The other ranks enter the block when rank 0 has left it, and find there what it has downloaded."""
+        if self.size > 1 and self.rank > 0:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.rank == 0:
             dist.barrier()

@@ -1,0 +1,1 @@
+"""Floor 4, the classroom: README.md says how to begin."""

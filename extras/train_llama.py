@@ -1,0 +1,36 @@
+"""train.py for what extras/llama.py loads, the Llama family and GPT-2, and with low-rank adapters if asked.
+
+    python -m extras.train_llama --init FOLDER --block-size 512 --lora-rank 16 --batch-size 1 --grad-accum 64
+
+It takes all options of train.py and two more. What it has begun it also resumes and reports.
+"""
+import torch
+
+import train
+from extras.llama import load_model
+from extras.lora import add_adapters
+from extras.tokenizer import encoding_of
+from support.files import UserError, between
+
+OPTIONS = (
+    ("lora-rank", between(int, 0, 10**4), 0, "train adapters of this rank on q and k, not the weights; 0: off"),
+    ("lora-all", bool, False, "adapters on every linear layer"),
+)
+
+
+def adapt(model, args):
+    """Put the adapters that args ask for on the model: before it goes to the device, where frozen weights take half."""
+    if args.lora_all and not args.lora_rank or args.lora_rank and args.init == "scratch":
+        raise UserError("--lora-rank adapts a model that is there, and --lora-all its other layers too\n"
+                        "pass --init PATH --lora-rank 8")
+    if args.lora_rank:
+        generator = torch.Generator().manual_seed(args.seed)
+        add_adapters(model, args.lora_rank, args.lora_all, getattr(torch, args.dtype), generator)
+
+
+def main():
+    train.main(load_model, encoding_of, OPTIONS, adapt)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Files in and out, all at once or not at all, and the one error that a user gets to see."""
+import argparse
+import contextlib
+import csv
+import http.client
+import json
+import os
+import tempfile
+import urllib.request
+
+import torch
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: its message says in two lines what is wrong and what to do."""
+
+
+def first_line(error):
+    return str(error).partition("\n")[0][:160]
+
+
+def between(kind, low, high):
+    """A type for argparse: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:      # nan is not between them either
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = kind.__name__        # argparse names it where the text is no number at all
+    return parse
+
+
+def pick_device(name=None):
+    """The name of a device that this machine has: `name`, or without one cuda, else cpu."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or ("cuda" if here["cuda"] else "cpu")
+    if not here[name]:
+        raise UserError(f"this machine has no {name}\npass --device cpu")
+    if name == "mps":
+        print("warning: PyTorch has computed wrong results on mps before: compare a few numbers with --device cpu")
+    return name
+
+
+def make_folder(path):
+    """Create the output folder, or say at once, before hours of training, that nothing can be written there."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}\npass another folder with --out") from error
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to. It takes the place of `path` at the end, and is gone after an error."""
+    temporary = f"{path}.{os.getpid()}.tmp"    # two processes may write the same file at once
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path, content, indent=1):
+    make_folder(os.path.dirname(path) or ".")
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=indent, default=torch.Tensor.tolist)
+
+
+def read_json(path):
+    """The JSON object in a file, a dict."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError("expected a JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}\n{first_line(error)}") from error
+    return content
+
+
+def write_csv(path, rows):
+    """A line for each of rows, dicts with the same keys."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def fetch(url, path, advice, sha256=None):
+    """path, downloaded from url if it is not there yet. advice: what to do if that fails."""
+    if os.path.exists(path):
+        return path
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+        with replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, temporary, hash_prefix=sha256)
+            if size and os.path.getsize(temporary) != size:    # torch.hub takes a broken connection for the end
+                raise OSError(f"it ended after {os.path.getsize(temporary)} of {size} bytes")
+    except (OSError, http.client.HTTPException, RuntimeError) as error:    # RuntimeError: wrong hash
+        raise UserError(f"cannot download {url}: {first_line(error)}\n{advice}") from error
+    return path

@@ -1,0 +1,76 @@
+"""What a training of train.py leaves on disk: a row for each evaluation, and all that going on with it needs."""
+import argparse
+import csv
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from support.files import UserError, first_line, read_json, write_csv
+from support.weights import read_weights, save_checkpoint
+
+
+class Log:
+    """log.csv, last.pt and best.pt of one training, in the folder `out`. It goes on from a last.pt that is there."""
+
+    def __init__(self, out, model, optimizer, geco):
+        self.out, self.model, self.optimizer, self.geco = out, model, optimizer, geco
+        self.step, self.rows = 0, []
+        self.recent = []    # CE of the steps since the last row
+        self.last = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}    # step's
+        if os.path.exists(self.path("last.pt")):
+            weights, state = read_weights(self.path("last.pt"))
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.rows, self.recent, self.last = (state[k] for k in ("step", "rows", "recent", "last"))
+            if geco:
+                geco.load_state_dict(state["geco"])
+
+    def mend(self):
+        """After a kill: take away what it left half-written, and give log.csv the row that it may lack."""
+        for leftover in Path(self.out).glob("*.tmp"):
+            leftover.unlink()
+        if self.rows:
+            write_csv(self.path("log.csv"), self.rows)
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def save(self):
+        save_checkpoint(self.model, self.path("last.pt"), step=self.step, rows=self.rows, recent=self.recent,
+                        last=self.last, optimizer=self.optimizer.state_dict(),
+                        geco=self.geco.state_dict() if self.geco else {})
+
+    def add(self, tokens, ce, active):
+        """A row for an evaluation: tokens read so far, validation CE, active share (L,H)."""
+        row = {"step": self.step, "tokens": tokens, "train_ce": float(np.mean(self.recent or math.nan)),
+               **self.last, "val_ce": ce, "active": active.mean().item()}
+        row |= {f"active_{l}.{h}": float(share) for (l, h), share in np.ndenumerate(active.numpy())}
+        self.rows.append(row)
+        self.recent = []
+        if self.geco and best_row(self.rows, self.geco.tau) is row:
+            save_checkpoint(self.model, self.path("best.pt"), step=self.step)
+        self.save()
+        write_csv(self.path("log.csv"), self.rows)
+
+
+def read_run(out):
+    """(options, facts of the untouched model, evaluations from first to last) of the run in a folder."""
+    path = os.path.join(out, "log.csv")
+    args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
+    base = argparse.Namespace(**read_json(os.path.join(out, "base.json")))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{name: int(x) if name in ("step", "tokens") else float(x) for name, x in row.items()}
+                    for row in csv.DictReader(file)]
+        if not rows:
+            raise ValueError("it holds no evaluation yet")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}\n{first_line(error)}") from error
+    return args, base, rows
+
+
+def best_row(rows, tau):
+    """The sparsest evaluation that meets the constraint, or None. Hard gates, validation loss."""
+    return min((row for row in rows if row["val_ce"] <= tau), key=lambda row: row["active"], default=None)

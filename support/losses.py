@@ -1,0 +1,35 @@
+"""Losses over a large vocabulary, a part of the logits at a time.
+
+The logits are the largest tensor of a language model's step. No float32 copy of them is ever whole: each part is
+computed by itself, and once more in the backward pass. Shapes: B batch, T positions, V vocabulary.
+"""
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+CELLS = 2**24    # logits in a part
+
+
+def sum_over_parts(function, logits, others, cells):
+    """function(logits (n,V), others (n,...)), which sums over its rows, for all rows of (B,T,V) and (B,T,...)."""
+    logits, others = logits.flatten(0, 1), others.flatten(0, 1)
+    rows = max(1, cells // logits.shape[1])
+    if rows >= len(logits):
+        return function(logits, others)
+    return sum(checkpoint(function, *part, use_reentrant=False) for part in zip(logits.split(rows), others.split(rows)))
+
+
+def cross_entropy(logits, targets, cells=CELLS):
+    """Mean nats per counted target. logits (B,T,V), targets (B,T), -1 where a position does not count."""
+    def nats(rows, wanted):
+        return F.cross_entropy(rows.float(), wanted, ignore_index=-1, reduction="sum")
+
+    return sum_over_parts(nats, logits, targets, cells) / (targets != -1).sum()
+
+
+def divergence(logits, wanted, cells=CELLS):
+    """KL(softmax(wanted) || softmax(logits)) in nats per position, a mean over all B T of them; (B,T,V) each."""
+    def nats(rows, wanted):
+        rows, wanted = (F.log_softmax(t.float(), dim=-1) for t in (rows, wanted))
+        return F.kl_div(rows, wanted, log_target=True, reduction="sum")
+
+    return sum_over_parts(nats, logits, wanted, cells) / logits[..., 0].numel()

@@ -1,0 +1,86 @@
+"""The report of a run of train.py, from the files in its folder: a table, summary.json, three pictures (Figure 2)."""
+import os
+
+import numpy as np
+import torch
+
+from support.figures import draw_attention, draw_curve, draw_heads
+from support.files import UserError, write_json
+from support.log import best_row, read_run
+from support.options import OPTIONS
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
+
+
+KNOWN = {name.replace("-", "_") for name, *_ in OPTIONS}    # those that another loader brings are shared too
+SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
+          "weight_decay")
+
+
+def control_row(args, control, base=None):
+    """The last row of a finished --dense run that differs from ours in nothing else, or a UserError.
+
+    base: the facts of our untouched model, as far as they are known already."""
+    theirs, their_base, rows = read_run(control)
+    names = [*SHARED, *(vars(args).keys() & vars(theirs).keys() - KNOWN)]
+    differ = [name for name in names if getattr(theirs, name) != getattr(args, name)]
+    if base and (abs(their_base.ce - base.ce) > 1e-3 or their_base.block_size != base.block_size):
+        differ.append("untouched model")
+    why = ("not --dense" if not theirs.dense else f"other {', '.join(differ)}" if differ else
+           f"stopped at step {rows[-1]['step']} of {theirs.steps}" if rows[-1]["step"] < theirs.steps else None)
+    if why:
+        raise UserError(f"{control} is no control of {args.out}: {why}\n"
+                        "a control is a finished --dense run with the same options")
+    return rows[-1]
+
+
+def report(out, control, load, encoding_of):
+    """Print the table of the run in `out`, draw its pictures, write summary.json.
+
+    control: folder of a --dense run; without one, that of the run's own --control. load, encoding_of: see train.main.
+    """
+    args, base, rows = read_run(out)
+    best = None if args.dense else best_row(rows, base.tau)
+    found, kind, control = best or rows[-1], "dense control" if args.dense else "sparse", control or args.control
+    lines = [("untouched", base.ce, base.active)]
+    if control:
+        lines.append(("dense control", control_row(args, control, base)["val_ce"], 1.0))
+    lines.append((kind, found["val_ce"], found["active"]))
+    print(f"\n{'':16}validation CE   active edges   edges per token")
+    for name, ce, active in lines:
+        print(f"{name:16}{ce:13.4f}{active:15.3%}{active * base.edges_per_token:18.2f}")
+    if not args.dense:
+        which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
+        print(f"tau {base.tau:.4f}, {which}, step {found['step']} of {args.steps}")
+        draw_curve(rows, lines, base.tau, os.path.join(out, "curve.png"))
+        heads = [name.removeprefix("active_").split(".") for name in found if name.startswith("active_")]
+        by_head = np.zeros(1 + np.array(heads, int).max(0))                        # (L,H)
+        for l, h in heads:
+            by_head[int(l), int(h)] = found[f"active_{l}.{h}"]
+        draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
+        init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
+        models = {"untouched": load(init, block_size=base.block_size),
+                  "sparse": load(os.path.join(out, "best.pt" if best else "last.pt"))}
+        draw_prompt(models, by_head, encoding_of(models["untouched"]), os.path.join(out, "attention.png"))
+    # The last file: it says that all is there.
+    write_json(os.path.join(out, "summary.json"), {
+        "base_ce": base.ce, "control_ce": lines[1][1] if control or args.dense else None,
+        "sparse_ce": None if args.dense else found["val_ce"], "tau": base.tau,
+        "constraint_met": None if args.dense else best is not None,
+        "active_share": found["active"], "edges_per_token": found["active"] * base.edges_per_token,
+        "step": found["step"], "steps": args.steps, "seed": args.seed})
+
+
+def draw_prompt(models, by_head, encoding, path, columns=4):
+    """Figure 2b: one prompt in the heads with the most active edges, by_head (L,H), a row for each model."""
+    length, H = models["sparse"].config.block_size, by_head.shape[1]
+    tokens = encoding.encode_ordinary(SHORT_PROMPT if encoding.name == "bytes" else PROMPT)[:length]
+    labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
+    rows = []
+    for name, model in models.items():
+        maps = model.attention_maps(torch.tensor([tokens]))[:, 0].flatten(0, 1).numpy()    # (L*H,T,T)
+        rows.append(("reading position", [
+            (f"{name}, layer {n // H}, head {n % H}", maps[n], labels, labels, name == "sparse")
+            for n in np.argsort(-by_head, axis=None)[:columns]]))
+    draw_attention(rows, True, "Where each token reads from: the heads with the most active edges", path, size=4)
