@@ -58,8 +58,10 @@ class Geco:
         return min(max(math.exp(log_lam), low), high)
 
     def objective(self, edges, ce):
-        """The scalar to backpropagate: the Lagrangian. edges: differentiable expected edges (a share or a count);
-        ce: differentiable cross-entropy, nats. (GECO shows Cbar as the value of ce - tau; the gradient is the same.)
+        """The scalar to backpropagate: the Lagrangian.
+
+        edges: differentiable expected edges (a share or a count), or the objective of another constraint; ce:
+        differentiable cross-entropy, nats. (GECO shows Cbar as the value of ce - tau; the gradient is the same.)
         """
         return edges + self.lam * (ce - self.tau)
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from support.blockwise import blockwise_attention
 from support.files import UserError
 from support.losses import cross_entropy
-from support.weights import GPT2_SHA256, fetch_gpt2, fill, from_gpt2_layout, read_weights, save_checkpoint
+from support.weights import GPT2_SHA256, fetch_gpt2, fill, from_gpt2_layout, read_weights
 
 
 @dataclasses.dataclass

@@ -52,10 +52,10 @@ def evaluate(model, tokens, place, args):
         rows = torch.stack([window(tokens, s, T) for s in part]).to(place.device)    # (B,T+1)
         with place.autocast():
             out = model(rows[:, :-1], rows[:, 1:])
-        ce += out.loss.item() * len(part) / len(starts)
-        active = active + out.active_edges.cpu().double() * len(part) / len(starts)
+        ce += out.loss.item() * len(part)
+        active = active + out.active_edges.cpu().double() * len(part)
     model.train(was_training)
-    return ce, active
+    return ce / len(starts), active / len(starts)
 
 
 def adamw(model, args):
@@ -101,7 +101,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
     train_tokens, val_tokens = data
     T, B, micros = model.config.block_size, args.batch_size, args.grad_accum
     optimizer, scores = adamw(model, args)
-    log = Log(out, model, optimizer, geco)
+    log = Log(out, model, optimizer, geco)    # reads out/last.pt into them, if it is there
     if place.rank == 0:
         log.mend()
     forward = torch.compile(model) if args.compile else model
@@ -111,7 +111,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
     bar = tqdm(total=steps, initial=log.step, desc="sparse" if geco else "dense ", disable=place.rank > 0)
     model.train()
     for step in range(first_step, steps + 1):    # once more than there are steps, to evaluate the last
-        recorded = log.rows and log.rows[-1]["step"] == step             # by the run that this one goes on from
+        recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
         if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
             log.add(step * tokens_per_step, *evaluate(model, val_tokens, place, args))
         if step == steps:
@@ -131,7 +131,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
                         loss = loss + args.distill * geco.lam * divergence(found.logits, teacher(idx).logits)
                 (loss / micros).backward()
             seen += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
-        ce, expected, sampled = place.mean(*seen.tolist())
+        ce, expected, sampled = place.mean(*seen.tolist())    # what a Geco sees must be the same on every rank
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not (math.isfinite(ce) and math.isfinite(norm)):
             raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
@@ -210,14 +210,14 @@ def run(args, load, encoding_of, prepare):
 
 
 def untouched(model, tokens, place, args):
-    """The facts of base.json: the untouched model's validation CE and active share, and the tau that follows."""
+    """The facts of base.json: the untouched model's validation CE, its active share, and tau, which may follow."""
     path = os.path.join(args.out, "base.json")
     if not os.path.exists(path):
         ce, active = evaluate(model, tokens, place, args)
         ce, active = place.mean(ce, active.mean().item())
         if not math.isfinite(ce):
             raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "
-                            "take another --init, or a lower --dense-lr")
+                            "take another --init, or a lower --dense-lr, and another --out")
         tau = None if args.dense else args.tau or ce + 0.05
         T = model.config.block_size
         write_json(path, {"ce": ce, "active": active, "tau": tau, "block_size": T,
@@ -233,7 +233,7 @@ def main(load=GPT.from_pretrained, encoding_of=encoding_of, options=(), prepare=
     """
     command = parser(__doc__.partition("\n\n")[0], options)
     try:
-        args = settle(command, command.parse_args())
+        args = settle(command)
         if args.report:
             report(args.report, args.control, load, encoding_of)
         else:

@@ -40,7 +40,7 @@ def edge_noise(key_words, row_words, product, u):
     2 x 2 of edges three draws determine the fourth, in a way that no statistic of gates in the tests can see.
     """
     torch.mul(key_words, row_words, out=product)    # int32: modulo 2^32
-    return u.copy_(product).mul_(-SCALE).add_(0.5)
+    return torch.sub(u.new_full((), 0.5), u.copy_(product), alpha=SCALE, out=u)
 
 
 def blocks(q, causal):

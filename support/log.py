@@ -73,4 +73,14 @@ def read_run(out):
 
 def best_row(rows, tau):
     """The sparsest evaluation that meets the constraint, or None. Hard gates, validation loss."""
-    return min((row for row in rows if row["val_ce"] <= tau), key=lambda row: row["active"], default=None)
+    good = [row for row in rows if row["val_ce"] <= tau]
+    return min(good, key=lambda row: (row["active"], row["val_ce"]), default=None)
+
+
+def by_head(row):
+    """The active share of every head (L,H) in a row of log.csv."""
+    heads = [tuple(map(int, name.removeprefix("active_").split("."))) for name in row if name.startswith("active_")]
+    shares = np.zeros(1 + np.array(heads).max(0))
+    for l, h in heads:
+        shares[l, h] = row[f"active_{l}.{h}"]
+    return shares

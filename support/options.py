@@ -63,9 +63,11 @@ def parser(about="", more=(), argv=None):
     return found
 
 
-def settle(parser, args):
+def settle(parser):
     """The options of the run that is meant: a new one in a folder that can be written, or those of an old one."""
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    args, unset = parser.parse_args(), object()
+    given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(given).items() if value is not unset}    # also one given at its default
     if args.report:
         if given - {"report", "control"}:
             raise UserError("--report draws the report of its run anew; only --control goes with it\n"

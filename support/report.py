@@ -6,7 +6,7 @@ import torch
 
 from support.figures import draw_attention, draw_curve, draw_heads
 from support.files import UserError, write_json
-from support.log import best_row, read_run
+from support.log import best_row, by_head, read_run
 from support.options import OPTIONS
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -15,7 +15,7 @@ SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
 
 KNOWN = {name.replace("-", "_") for name, *_ in OPTIONS}    # those that another loader brings are shared too
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
-          "weight_decay")
+          "weight_decay", "score_lr", "dtype")
 
 
 def control_row(args, control, base=None):
@@ -43,10 +43,10 @@ def report(out, control, load, encoding_of):
     args, base, rows = read_run(out)
     best = None if args.dense else best_row(rows, base.tau)
     found, kind, control = best or rows[-1], "dense control" if args.dense else "sparse", control or args.control
-    lines = [("untouched", base.ce, base.active)]
+    control_ce = control_row(args, control, base)["val_ce"] if control else found["val_ce"] if args.dense else None
+    lines = [("untouched", base.ce, base.active), (kind, found["val_ce"], found["active"])]
     if control:
-        lines.append(("dense control", control_row(args, control, base)["val_ce"], 1.0))
-    lines.append((kind, found["val_ce"], found["active"]))
+        lines.insert(1, ("dense control", control_ce, 1.0))
     print(f"\n{'':16}validation CE   active edges   edges per token")
     for name, ce, active in lines:
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * base.edges_per_token:18.2f}")
@@ -54,27 +54,23 @@ def report(out, control, load, encoding_of):
         which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
         print(f"tau {base.tau:.4f}, {which}, step {found['step']} of {args.steps}")
         draw_curve(rows, lines, base.tau, os.path.join(out, "curve.png"))
-        heads = [name.removeprefix("active_").split(".") for name in found if name.startswith("active_")]
-        by_head = np.zeros(1 + np.array(heads, int).max(0))                        # (L,H)
-        for l, h in heads:
-            by_head[int(l), int(h)] = found[f"active_{l}.{h}"]
-        draw_heads(by_head, os.path.join(out, "edges_by_head.png"))
+        draw_heads(by_head(found), os.path.join(out, "edges_by_head.png"))
         init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
         models = {"untouched": load(init, block_size=base.block_size),
                   "sparse": load(os.path.join(out, "best.pt" if best else "last.pt"))}
-        draw_prompt(models, by_head, encoding_of(models["untouched"]), os.path.join(out, "attention.png"))
+        draw_prompt(models, by_head(found), encoding_of(models["untouched"]), os.path.join(out, "attention.png"))
     # The last file: it says that all is there.
     write_json(os.path.join(out, "summary.json"), {
-        "base_ce": base.ce, "control_ce": lines[1][1] if control or args.dense else None,
+        "base_ce": base.ce, "control_ce": control_ce,
         "sparse_ce": None if args.dense else found["val_ce"], "tau": base.tau,
         "constraint_met": None if args.dense else best is not None,
         "active_share": found["active"], "edges_per_token": found["active"] * base.edges_per_token,
         "step": found["step"], "steps": args.steps, "seed": args.seed})
 
 
-def draw_prompt(models, by_head, encoding, path, columns=4):
-    """Figure 2b: one prompt in the heads with the most active edges, by_head (L,H), a row for each model."""
-    length, H = models["sparse"].config.block_size, by_head.shape[1]
+def draw_prompt(models, shares, encoding, path, columns=4):
+    """Figure 2b: one prompt in the heads with the largest active shares (L,H), a row for each model."""
+    length, H = models["sparse"].config.block_size, shares.shape[1]
     tokens = encoding.encode_ordinary(SHORT_PROMPT if encoding.name == "bytes" else PROMPT)[:length]
     labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
     rows = []
@@ -82,5 +78,5 @@ def draw_prompt(models, by_head, encoding, path, columns=4):
         maps = model.attention_maps(torch.tensor([tokens]))[:, 0].flatten(0, 1).numpy()    # (L*H,T,T)
         rows.append(("reading position", [
             (f"{name}, layer {n // H}, head {n % H}", maps[n], labels, labels, name == "sparse")
-            for n in np.argsort(-by_head, axis=None)[:columns]]))
+            for n in np.argsort(-shares, axis=None)[:columns]]))
     draw_attention(rows, True, "Where each token reads from: the heads with the most active edges", path, size=4)

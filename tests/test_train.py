@@ -227,6 +227,7 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
     args, base = (json.loads((control / name).read_text()) for name in ("args.json", "base.json"))
     other = tiny / "other"
     for change, message in (({"dense": False}, "not --dense"), ({"lr": 0.5}, "other lr"),
+                            ({"score_lr": 5.0}, "other score_lr"),
                             ({"ce": 1.0}, "other untouched model"), ({"block_size": 8}, "other untouched model")):
         shutil.copytree(control, other, dirs_exist_ok=True)
         (other / "args.json").write_text(json.dumps(args | change))
@@ -345,6 +346,7 @@ def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
     (["--dense", "--learn-gate-bias"], "--dense is the control"),
     (["--resume", "nowhere"], "cannot read nowhere"),
     (["--resume", "WHOLE", "--steps", "7"], "goes on with the options of its run"),
+    (["--resume", "WHOLE", "--steps", "5000"], "goes on with the options of its run"),    # the default, but given
     (["--lora-rank", "8"], "unrecognized arguments: --lora-rank 8"),
     (["--score-lr", "-1"], "-1 is not between"),
     (["--layers", "3"], "error: --layers need --init scratch"),
