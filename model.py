@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from support.blockwise import blockwise_attention
 from support.files import UserError
 from support.losses import cross_entropy
-from support.weights import GPT2_SHA256, fetch_gpt2, fill, from_gpt2_layout, read_weights
+from support.weights import GPT2_SHA256, fetch_gpt2, fill, from_gpt2_layout, make_config, read_weights
 
 
 @dataclasses.dataclass
@@ -217,15 +217,7 @@ class GPT(nn.Module):
         if not fields:
             hf, n_head = meta.get("config.json", {}), config_overrides.get("n_head")
             tensors, fields = cls.from_layout(tensors, hf, path, n_head)
-        known = cls.Config.__dataclass_fields__
-        unknown = {**fields, **config_overrides}.keys() - known.keys()
-        if unknown:
-            raise UserError(f"{path}: {cls.Config.__name__} has no field {', '.join(sorted(unknown))}\n"
-                            f"it has {', '.join(known)}")
-        config = cls.Config(**{**fields, **config_overrides})
-        if config.block_size > fields["block_size"]:
-            raise UserError(f"{path} reads at most {fields['block_size']} positions, not {config.block_size}\n"
-                            "pass a smaller block_size")
+        config = make_config(cls.Config, fields, config_overrides, path)
         with torch.device("meta"):                                   # shapes only: no second copy in memory
             model = cls(config)
         thresholds = {name: torch.full((config.n_head,), float(config.gate_bias))

@@ -121,6 +121,19 @@ def from_gpt2_layout(tensors, hf, path, n_head=None):
     return tensors, dict(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=C)
 
 
+def make_config(Config, fields, overrides, path):
+    """The config of a model with these fields, of which overrides replace some. Positions can only get fewer."""
+    unknown = {**fields, **overrides}.keys() - Config.__dataclass_fields__.keys()
+    if unknown:
+        raise UserError(f"{path}: {Config.__name__} has no field {', '.join(sorted(unknown))}\n"
+                        f"it has {', '.join(Config.__dataclass_fields__)}")
+    config = Config(**{**fields, **overrides})
+    if config.block_size > fields["block_size"]:
+        raise UserError(f"{path} reads at most {fields['block_size']} positions, not {config.block_size}\n"
+                        "pass a smaller block_size")
+    return config
+
+
 def fill(model, tensors, path):
     """Put the tensors into a model that has only shapes so far. What does not fit is named."""
     kind = type(model).__name__
