@@ -16,7 +16,8 @@ Loss below tau: lam shrinks and edges go. One training step, in both training lo
     optimizer.step()
     row |= geco.step(seen, expected)              # seen: the CE that the constraint looks at, a plain number
 
-So far both loops let the constraint see the CE of the batch that they train on, with sampled gates.
+Which CE it looks at is the loop's to choose. The toy shows it the model that will be kept, whose gates are hard and
+whose weights are averaged; train.py, so far, the batch that it trains on, with sampled gates.
 """
 import math
 
@@ -30,22 +31,19 @@ class Geco:
                range and CE swings around tau; too slow: lam lags behind edges that are already gone.
     decay      of (4): the average spans about 1 / (1 - decay) steps. Smooths noise, but delays too.
     lam_range  lam is clamped to it, so that a long stay on one side of tau can be undone quickly.
-    gain       0 is pure GECO. Above 0 the multiplier in use is lam exp(gain Cbar): a proportional term beside
-               the integral (5), which damps its swing (PID Lagrangian, Stooke et al. 2020, arXiv 2007.03964).
-    most       C is capped at this many nats, so that one unlucky step cannot throw lam off.
     """
 
-    def __init__(self, tau, lam=1.0, rate=0.002, decay=0.99, lam_range=(1e-3, 10.0), gain=0.0, most=math.inf):
+    def __init__(self, tau, lam=1.0, rate=0.002, decay=0.99, lam_range=(1e-3, 10.0)):
         low, high = lam_range
         if not 0 < tau < math.inf:
             raise ValueError(f"tau must be above 0 nats and finite, got {tau}")
         if not 0 < low <= lam <= high < math.inf:
             raise ValueError(f"lam must lie in its range, 0 < {low} <= {lam} <= {high} < inf")
-        if not (0 < rate < math.inf and 0 <= gain < math.inf):
-            raise ValueError(f"rate must be above 0 and gain not below 0, both finite, got {rate} and {gain}")
-        if not (0 <= decay < 1 and most > 0):
-            raise ValueError(f"decay must lie in [0, 1) and most be above 0, got {decay} and {most}")
-        self.tau, self.rate, self.decay, self.lam_range, self.gain, self.most = tau, rate, decay, lam_range, gain, most
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate must be above 0 and finite, got {rate}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        self.tau, self.rate, self.decay, self.lam_range = tau, rate, decay, lam_range
         self.log_lam = math.log(lam)  # where (5) is a sum
         self.average = 0.0            # Cbar, nats
         self.steps = 0                # updates so far
@@ -53,9 +51,7 @@ class Geco:
     @property
     def lam(self):
         """The multiplier in use until the next update."""
-        low, high = self.lam_range
-        log_lam = min(self.log_lam + self.gain * self.average, math.log(high))
-        return min(max(math.exp(log_lam), low), high)
+        return math.exp(self.log_lam)
 
     def objective(self, edges, ce):
         """The scalar to backpropagate: the Lagrangian.
@@ -71,7 +67,7 @@ class Geco:
         if not math.isfinite(ce):
             raise FloatingPointError(f"the cross-entropy is {ce} at step {self.steps}: lower the learning rate")
         low, high = (math.log(x) for x in self.lam_range)
-        c = min(ce - self.tau, self.most)
+        c = ce - self.tau
         self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c    # (4)
         self.log_lam = min(max(self.log_lam + self.rate * self.average, low), high)             # (5)
         self.steps += 1

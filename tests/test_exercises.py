@@ -67,6 +67,11 @@ class AverageFromZero(Geco):
 
 
 class WoundUp(Geco):
+    @property
+    def lam(self):    # in its range, but log_lam is not
+        low, high = self.lam_range
+        return math.exp(min(max(self.log_lam, math.log(low)), math.log(high)))
+
     def update(self, ce):
         used, before = self.lam, self.log_lam
         super().update(ce)

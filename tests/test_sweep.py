@@ -26,7 +26,7 @@ def test_the_bracketed_values_are_the_defaults(monkeypatch):
     import toy_addition
     from support.options import parser
     seen = []
-    monkeypatch.setattr(toy_addition, "run", seen.append)
+    monkeypatch.setattr(toy_addition, "run", lambda args: seen.append(args) or True)
     monkeypatch.setattr("sys.argv", ["toy_addition.py"])
     toy_addition.main()
     monkeypatch.setattr("sys.argv", sweep.SMALL_GPT.split())
@@ -40,7 +40,7 @@ def test_the_bracketed_values_are_the_defaults(monkeypatch):
 def test_a_small_sweep(tmp_path, monkeypatch, capsys):
     """Two values of the bias with the real program; a second call makes no run again."""
     monkeypatch.setattr(sweep, "SWEEPS", {
-        "bias": ("toy_addition.py --steps 2 --dense-steps 2", "--gate-bias", ("0", "[2]"))})
+        "bias": ("toy_addition.py --steps 2 --dense-steps 2", "--gate-bias", ("[0]", "2"))})
     monkeypatch.setattr("sys.argv", ["sweep.py", "bias", "--seeds", "1", "--at-once", "2", "--out", str(tmp_path)])
     sweep.main()
     printed = capsys.readouterr().out

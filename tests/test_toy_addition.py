@@ -1,4 +1,5 @@
 """toy_addition.py: the data by exhaustive check, determinism, a training that becomes sparse, and the command line."""
+import copy
 import json
 import math
 import subprocess
@@ -56,19 +57,33 @@ def test_allowed_edges_by_counting(layout, edges):
     assert (maps > 0).sum((0, 2, 3, 4)).tolist() == [edges, edges]
 
 
-def ten_losses(seed, gated):
+def ten_losses(seed, gated, monkeypatch):
+    """Of the first ten training steps, evaluations left out."""
+    losses, forward = [], GPT.forward
+
+    def watched(model, *args):
+        out = forward(model, *args)
+        if model.training:
+            losses.append(out.loss.item())
+        return out
+
     idx, targets = toy.addition_data()
     model = GPT(toy.toy_config(gated=gated), generator=torch.Generator().manual_seed(seed))
     torch.rand(seed + 7)    # what others drew before must not matter
-    history = toy.train(model, idx, targets, 10, 1e-3, seed, Geco(tau=0.02) if gated else None)
-    return [row["ce"] for row in history]
+    monkeypatch.setattr(GPT, "forward", watched)
+    if gated:
+        toy.train_sparse(model, idx, targets, 10, Geco(tau=0.02), seed)
+    else:
+        toy.train_dense(model, idx, targets, 10, seed)
+    monkeypatch.undo()
+    return losses
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_same_seed_same_first_ten_losses(gated):
-    first = ten_losses(0, gated)
-    assert ten_losses(0, gated) == first
-    assert ten_losses(1, gated) != first
+def test_same_seed_same_first_ten_losses(gated, monkeypatch):
+    first = ten_losses(0, gated, monkeypatch)
+    assert len(first) == 10 and ten_losses(0, gated, monkeypatch) == first
+    assert ten_losses(1, gated, monkeypatch) != first
     assert first[0] == pytest.approx(math.log(13), abs=0.1)    # all 13 characters equally likely
 
 
@@ -85,8 +100,7 @@ def test_evaluate_counts_sums_and_edges():
     right = [all(p == t for p, t in zip(model(i[None]).logits[0].argmax(-1).tolist(), ts.tolist()) if t >= 0)
              for i, ts in zip(idx, targets)]
     edges = [(model.attention_maps(i[None]) > 0).sum().item() for i in idx]
-    found, wrong = toy.evaluate(model, idx, targets)
-    assert wrong.tolist() == [not r for r in right]
+    found = toy.evaluate(model, idx, targets)
     assert found["accuracy"] == pytest.approx(sum(right) / 20) and 10 <= sum(right) < 20
     assert found["active"] == pytest.approx(sum(edges) / 20)
     model.eval()
@@ -99,23 +113,69 @@ def test_few_wrong_sums_are_not_outweighed_by_many_sure_ones(hard_ce, accuracy, 
     assert toy.meets_constraint({"hard_ce": hard_ce, "accuracy": accuracy}, 0.015) == kept
 
 
-def test_training_samples_gates_whatever_mode_the_model_was_in():
-    idx, targets = toy.addition_data()
-    active = []
-    for mode in (True, False):
-        model = GPT(toy.toy_config(gated=True, gate_bias=0.0), generator=torch.Generator().manual_seed(0))
-        history = toy.train(model.train(mode), idx, targets, 3, 1e-3, geco=toy.toy_geco(0.1), eval_every=3)
-        active.append([row["expected"] for row in history])
-    assert active[0] == active[1]
+def by_hand(model, idx, targets, steps, tau, rate, decay, lam_range, history, seed=0):
+    """The sparse phase written out, on plain tensors: AdamW, the averaged weights, (4) and (5). -> the rows of its
+    history, and the last average. What the constraint saw is computed anew, but lam follows history's, since a last
+    digit in it would flip a gate in time."""
+    order, look = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    first, second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+    average, log_lam, c_bar, rows = None, 0.0, None, []
+    for t in range(1, steps + 1):
+        lr = 2e-3 * min(t / 100, 0.55 + 0.45 * math.cos(math.pi * (t - 1) / steps))
+        batch = torch.randint(len(idx), (128,), generator=order)
+        out = model.train()(idx[batch], targets[batch])
+        share, lam = out.expected_edges.mean(), math.exp(log_lam)
+        gradients = torch.autograd.grad(share + lam * out.loss, list(params.values()))
+        with torch.no_grad():
+            for (name, p), g in zip(params.items(), gradients):
+                first[name] = 0.9 * first[name] + 0.1 * g
+                second[name] = 0.99 * second[name] + 0.01 * g * g
+                p *= 1 - lr * (3.0 if name.endswith("c_attn.weight") else 0.01)
+                p -= lr * (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.99**t)).sqrt() + 1e-8)
+        if t % 10 == 0 or t == steps:
+            now = {name: p.detach().clone() for name, p in params.items()}
+            average = {name: 0.9 * average[name] + 0.1 * now[name] for name in now} if average else now
+            kept = copy.deepcopy(model).eval()
+            kept.load_state_dict(model.state_dict() | average)
+            batch = torch.randint(len(idx), (512,), generator=look)
+            with torch.no_grad():
+                seen = kept(idx[batch], targets[batch]).loss.item()
+            c = history[len(rows)]["seen"] - tau
+            c_bar = c if c_bar is None else decay * c_bar + (1 - decay) * c
+            log_lam = min(max(log_lam + rate * c_bar, math.log(lam_range[0])), math.log(lam_range[1]))
+            rows.append({"step": t, "ce": out.loss.item(), "seen": seen, "lam": lam, "c_bar": c_bar,
+                         "expected": share.item() * toy.allowed_edges(model.config)})
+    return rows, average
 
 
-def test_a_broken_loss_says_when_and_what_to_do():
+def test_the_sparse_phase_against_a_loop_by_hand():
+    """In float64, where 45 steps cannot drift apart. So this pins what the constraint looks at: the averaged weights,
+    with hard gates, each tenth step and at the last."""
     idx, targets = toy.addition_data()
-    model = GPT(toy.toy_config())
-    with torch.no_grad():
-        model.wte.weight[3] = math.nan
-    with pytest.raises(FloatingPointError, match="is nan at dense step 1\n.*another --seed"):
-        toy.train(model, idx, targets, 5, 1e-3)
+    start = GPT(toy.toy_config(gated=True, gate_bias=0.0), generator=torch.Generator().manual_seed(3)).double()
+    tau, rate, decay, lam_range = 2.285, 6.0, 0.6, (0.7, 10.0)    # the CE passes tau, so lam moves both ways
+    model, other = copy.deepcopy(start), copy.deepcopy(start)
+    history = toy.train_sparse(model.eval(), idx, targets, 45, Geco(tau, 1.0, rate, decay, lam_range))
+    rows, average = by_hand(other, idx, targets, 45, tau, rate, decay, lam_range, history)
+    assert [row["step"] for row in history] == [10, 20, 30, 40, 45]
+    for ours, theirs in zip(history, rows, strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-6)
+    for name, p in average.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), p, rtol=1e-6, atol=1e-9)
+    lams = [row["lam"] for row in rows]
+    assert lams[0] < max(lams) > lams[-1]
+    found = toy.evaluate(model, idx, targets)
+    assert {name: history[-1][name] for name in found} == pytest.approx(found)
+
+
+def test_the_dense_phase_ends_when_every_sum_is_right(monkeypatch):
+    idx, targets = toy.addition_data()
+    found = iter([0.9, 0.9999, 1.0])
+    monkeypatch.setattr(toy, "evaluate", lambda *_: {"accuracy": next(found)})
+    history = toy.train_dense(GPT(toy.toy_config()), idx[:50], targets[:50], 10_000)
+    assert len(history) == 750 and [row["step"] for row in history if "accuracy" in row] == [250, 500, 750]
 
 
 @pytest.mark.parametrize("layout, tens", [("reversed", 7), ("paper", 9)])
@@ -138,24 +198,22 @@ def test_the_carry_edge_is_found_and_counted(inverted, layout, tens):
     assert (edge, with_carry, without) == ((1, 0, 6), float(not inverted), float(inverted))
 
 
-def test_a_minute_of_training_becomes_sparse():
-    """Dense until it adds, then gates under GECO: far fewer edges, and still right on sums never seen."""
+def test_training_finds_the_edges_of_a_task_whose_edges_are_known():
+    """Each slot copies one digit: three edges of 90 would do. By hand, seeds 0, 1, 2, 11 and 12: dense after 250 steps,
+    and then 4.2 to 9.0 edges, every copy right, CE 0.0046 to 0.0061."""
     idx, targets = toy.addition_data()
-    train_rows, held_out = toy.split()
-    dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(0))
-    toy.train(dense, idx[train_rows], targets[train_rows], 1200, 3e-3, batch_size=128)
-    assert toy.evaluate(dense, idx[held_out], targets[held_out])[0]["accuracy"] > 0.95
-    sparse = GPT(toy.toy_config()).train()
-    sparse.load_state_dict(dense.state_dict())
-    sparse.set_gates(True)
-    start = toy.evaluate(sparse, idx[held_out], targets[held_out])[0]["active"]
-    history = toy.train(sparse, idx[train_rows], targets[train_rows], 1000, 1e-3, eval_every=100,
-                        geco=toy.toy_geco(0.05))
-    found = toy.evaluate(sparse, idx[held_out], targets[held_out])[0]
-    assert found["active"] < 0.4 * 90 < start and found["accuracy"] > 0.99
-    again = toy.evaluate(sparse, idx[train_rows], targets[train_rows])[0]
-    assert again["active"] == pytest.approx(min(row["active"] for row in history
-                                                if "active" in row and toy.meets_constraint(row, 0.05)))
+    targets = targets.clone()
+    targets[:, 6:] = idx[:, [0, 1, 4]]
+    model = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(0))
+    assert len(toy.train_dense(model, idx, targets, 2000)) < 2000
+    model.set_gates(True, 0.0)
+    history = toy.train_sparse(model, idx, targets, 250, toy.toy_geco(0.01), eval_every=50)
+    found, evaluations = toy.evaluate(model, idx, targets), [row for row in history if "active" in row]
+    assert len(evaluations) == 5 and toy.meets_constraint(found, 0.01) and found["active"] < 20
+    sparsest = min((row for row in evaluations if toy.meets_constraint(row, 0.01)), key=lambda row: row["active"])
+    assert found == pytest.approx({name: sparsest[name] for name in found})
+    open_in_most = (model.attention_maps(idx[::97]) > 0).float().mean(1).amax((0, 1)) > 0.5    # (T,T)
+    assert all(open_in_most[slot, digit] for slot, digit in ((6, 0), (7, 1), (8, 4)))
 
 
 def command(*arguments):
@@ -168,16 +226,16 @@ def test_the_command_writes_what_it_promises(tmp_path):
     out = tmp_path / "new" / "folder"
     code, stdout, stderr = command("--dense-steps", "20", "--steps", "20", "--seed", "3", "--out", str(out),
                                    "--layout", "paper")
-    assert code == 0, stderr
-    assert "no evaluation met CE <= 0.03" in stdout and "242" in stdout
+    assert code == 1, stderr
+    assert "242" in stdout and "the constraint is NOT met: on the training sums CE is " in stdout.splitlines()[-2]
     summary = json.loads((out / "summary.json").read_text())
     assert {"seed", "dense_accuracy", "sparse_accuracy", "active_edges_per_example", "allowed_edges", "active_share",
             "carry_edge_with_carry", "carry_edge_without_carry", "tau", "seconds"} <= set(summary)
     assert summary["seed"] == 3 and summary["allowed_edges"] == 242
     sparse = GPT.from_pretrained(out / "sparse.pt")
-    assert sparse.config == toy.toy_config("paper", gated=True, gate_bias=2.0)
+    assert sparse.config == toy.toy_config("paper", gated=True, gate_bias=0.0)
     idx, targets = toy.addition_data("paper")
-    found = toy.evaluate(sparse, idx[toy.split()[1]], targets[toy.split()[1]])[0]
+    found = toy.evaluate(sparse, idx[toy.split()[1]], targets[toy.split()[1]])
     assert found["active"] == pytest.approx(summary["active_edges_per_example"], rel=1e-6)
     assert not GPT.from_pretrained(out / "dense.pt").config.gated
     for picture in ("addition.png", "training.png"):
