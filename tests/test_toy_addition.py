@@ -170,6 +170,19 @@ def test_the_sparse_phase_against_a_loop_by_hand():
     assert {name: history[-1][name] for name in found} == pytest.approx(found)
 
 
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+def test_a_broken_loss_says_when_and_what_to_do(phase):
+    idx, targets = toy.addition_data()
+    model = GPT(toy.toy_config(gated=phase == "sparse"))
+    with torch.no_grad():
+        model.wte.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match=f"is nan at {phase} step 1\n.*another --seed"):
+        if phase == "dense":
+            toy.train_dense(model, idx, targets, 5)
+        else:
+            toy.train_sparse(model, idx, targets, 5, toy.toy_geco(0.01))
+
+
 def test_the_dense_phase_ends_when_every_sum_is_right(monkeypatch):
     idx, targets = toy.addition_data()
     found = iter([0.9, 0.9999, 1.0])
