@@ -68,6 +68,10 @@ def draw_training(dense, sparse, tau, path):
     edges.semilogy(steps, [row["expected"] for row in sparse], "C0", lw=0.8, label="expected: sum of sigmoid(g)")
     edges.semilogy(at, [row["active"] for row in evaluated], "k", lw=1.2, label="active, hard gates")
     edges.set(ylabel="edges per sum", xlabel="step (0: the gates are switched on)")
+    for axis in (lam.yaxis, edges.yaxis):    # 10, 20, 50, ...
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     ce.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2)
     edges.legend(fontsize=8)
     save(figure, path)

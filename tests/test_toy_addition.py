@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -117,23 +118,23 @@ def by_hand(model, idx, targets, steps, tau, rate, decay, lam_range, history, se
     """The sparse phase written out, on plain tensors: AdamW, the averaged weights, (4) and (5). -> the rows of its
     history, and the last average. What the constraint saw is computed anew, but lam follows history's, since a last
     digit in it would flip a gate in time."""
-    order, look = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    order, look = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 2**32)
     torch.manual_seed(seed)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     first, second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
     average, log_lam, c_bar, rows = None, 0.0, None, []
     for t in range(1, steps + 1):
-        lr = 2e-3 * min(t / 100, 0.55 + 0.45 * math.cos(math.pi * (t - 1) / steps))
-        batch = torch.randint(len(idx), (128,), generator=order)
+        lr = 1e-3 * min(t / 100, 0.55 + 0.45 * math.cos(math.pi * (t - 1) / steps))
+        batch = torch.randint(len(idx), (32,), generator=order)
         out = model.train()(idx[batch], targets[batch])
         share, lam = out.expected_edges.mean(), math.exp(log_lam)
         gradients = torch.autograd.grad(share + lam * out.loss, list(params.values()))
         with torch.no_grad():
             for (name, p), g in zip(params.items(), gradients):
                 first[name] = 0.9 * first[name] + 0.1 * g
-                second[name] = 0.99 * second[name] + 0.01 * g * g
+                second[name] = 0.95 * second[name] + 0.05 * g * g
                 p *= 1 - lr * (3.0 if name.endswith("c_attn.weight") else 0.01)
-                p -= lr * (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.99**t)).sqrt() + 1e-8)
+                p -= lr * (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.95**t)).sqrt() + 1e-8)
         if t % 10 == 0 or t == steps:
             now = {name: p.detach().clone() for name, p in params.items()}
             average = {name: 0.9 * average[name] + 0.1 * now[name] for name in now} if average else now
@@ -155,7 +156,7 @@ def test_the_sparse_phase_against_a_loop_by_hand():
     with hard gates, each tenth step and at the last."""
     idx, targets = toy.addition_data()
     start = GPT(toy.toy_config(gated=True, gate_bias=0.0), generator=torch.Generator().manual_seed(3)).double()
-    tau, rate, decay, lam_range = 2.285, 6.0, 0.6, (0.7, 10.0)    # the CE passes tau, so lam moves both ways
+    tau, rate, decay, lam_range = 2.36, 6.0, 0.6, (0.7, 10.0)    # the CE passes tau, so lam moves both ways
     model, other = copy.deepcopy(start), copy.deepcopy(start)
     history = toy.train_sparse(model.eval(), idx, targets, 45, Geco(tau, 1.0, rate, decay, lam_range))
     rows, average = by_hand(other, idx, targets, 45, tau, rate, decay, lam_range, history)
@@ -183,12 +184,31 @@ def test_a_broken_loss_says_when_and_what_to_do(phase):
             toy.train_sparse(model, idx, targets, 5, toy.toy_geco(0.01))
 
 
-def test_the_dense_phase_ends_when_every_sum_is_right(monkeypatch):
+def test_the_dense_phase_goes_on_until_every_sum_is_right(monkeypatch):
+    """All right at step 750 and at 4,250: the first is too early. The model is a stand-in without attention, for speed."""
     idx, targets = toy.addition_data()
-    found = iter([0.9, 0.9999, 1.0])
+    found = iter([0.9, 0.9, 1.0] + 12 * [0.9] + [0.9999, 1.0])
     monkeypatch.setattr(toy, "evaluate", lambda *_: {"accuracy": next(found)})
-    history = toy.train_dense(GPT(toy.toy_config()), idx[:50], targets[:50], 10_000)
-    assert len(history) == 750 and [row["step"] for row in history if "accuracy" in row] == [250, 500, 750]
+    monkeypatch.setattr(GPT, "forward", lambda model, *_: types.SimpleNamespace(loss=model.wte.weight.square().mean()))
+    history = toy.train_dense(GPT(toy.toy_config()), idx, targets, 10_000)
+    assert len(history) == 4250 and [row["step"] for row in history if "accuracy" in row] == list(range(250, 4251, 250))
+
+
+def test_the_dense_phase_leaves_the_average_of_its_weights(monkeypatch):
+    """After steps 10, 20 and 25, by hand from the weights that each step left."""
+    idx, targets = toy.addition_data()
+    model, seen = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(3)).double(), []
+    descend = toy.descend
+
+    def watched(*args):
+        descend(*args)
+        seen.append(model.h[0].mlp.c_fc.weight.detach().clone())
+
+    monkeypatch.setattr(toy, "descend", watched)
+    toy.train_dense(model, idx, targets, 25)
+    assert len(seen) == 25
+    torch.testing.assert_close(model.h[0].mlp.c_fc.weight.detach(),
+                               0.9 * (0.9 * seen[9] + 0.1 * seen[19]) + 0.1 * seen[24])
 
 
 @pytest.mark.parametrize("layout, tens", [("reversed", 7), ("paper", 9)])
@@ -212,19 +232,18 @@ def test_the_carry_edge_is_found_and_counted(inverted, layout, tens):
 
 
 def test_training_finds_the_edges_of_a_task_whose_edges_are_known():
-    """Each slot copies one digit: three edges of 90 would do. By hand, seeds 0, 1, 2, 11 and 12: dense after 250 steps,
-    and then 4.2 to 9.0 edges, every copy right, CE 0.0046 to 0.0061."""
+    """Each slot copies one digit: three edges of 90 would do. By hand, seeds 0 to 19: MARGIN."""
     idx, targets = toy.addition_data()
     targets = targets.clone()
     targets[:, 6:] = idx[:, [0, 1, 4]]
     model = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(0))
-    assert len(toy.train_dense(model, idx, targets, 2000)) < 2000
+    toy.train_dense(model, idx, targets, 250)
     model.set_gates(True, 0.0)
-    history = toy.train_sparse(model, idx, targets, 250, toy.toy_geco(0.01), eval_every=50)
-    found, evaluations = toy.evaluate(model, idx, targets), [row for row in history if "active" in row]
-    assert len(evaluations) == 5 and toy.meets_constraint(found, 0.01) and found["active"] < 20
-    sparsest = min((row for row in evaluations if toy.meets_constraint(row, 0.01)), key=lambda row: row["active"])
-    assert found == pytest.approx({name: sparsest[name] for name in found})
+    history = toy.train_sparse(model, idx, targets, 500, toy.toy_geco(0.01))
+    found = toy.evaluate(model, idx, targets)
+    assert toy.meets_constraint(found, 0.01) and found["active"] < 15
+    assert [row["step"] for row in history if "active" in row] == [250, 500]
+    assert found == pytest.approx({name: history[-1][name] for name in found})
     open_in_most = (model.attention_maps(idx[::97]) > 0).float().mean(1).amax((0, 1)) > 0.5    # (T,T)
     assert all(open_in_most[slot, digit] for slot, digit in ((6, 0), (7, 1), (8, 4)))
 
