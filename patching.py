@@ -17,8 +17,8 @@ The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits
 head read through one input. A head's output is its z, the mixture of values, times its rows of the output projection,
 whose bias belongs to no head. in_v is the residual stream as v reads it, before its LayerNorm; its gradient on the
 corrupted run is taken through v only. (8) is in the metric's units: a first-order estimate of what exact_edge_score
-measures. (7) restores k clean heads in a corrupted run. The paper's figures seem to ask the other question: to keep
-k heads clean and corrupt all others.
+measures. (7) restores k clean heads in a corrupted run. The paper's figures ask the other question, `metric_of_kept_heads`:
+k heads stay clean in a clean run, and all others write what they wrote in the corrupted one.
 
 Every function below is a few lines around `forward`, the model's pass written out.
 Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
@@ -134,14 +134,14 @@ def run_with_heads(model, tokens, z, chosen):
     return forward(model, tokens, write=write)
 
 
-def effects(model, clean, corrupt, metric, choices):
-    """(N,K): the metric on corrupt with the heads of each choice (1 or N, L, H) patched; and m(clean) (N)."""
-    z, logits = outputs(model, clean)
-    m_clean = metric(logits)
-    m = m_clean.new_empty(len(m_clean), len(choices))    # a copy: a metric may be a view, and keep all its logits alive
+def effects(model, source, tokens, metric, choices):
+    """(N,K): the metric on tokens with the heads of each choice (1 or N, L, H) from the run on source; m(source) (N)."""
+    z, logits = outputs(model, source)
+    m_source = metric(logits)
+    m = m_source.new_empty(len(m_source), len(choices))    # a copy: a metric may be a view, and keep all its logits alive
     for n, chosen in enumerate(tqdm(choices, desc="heads", leave=False)):
-        m[:, n] = metric(run_with_heads(model, corrupt, z, chosen.to(m.device)))
-    return m, m_clean
+        m[:, n] = metric(run_with_heads(model, tokens, z, chosen.to(m.device)))
+    return m, m_source
 
 
 @torch.no_grad()
@@ -168,6 +168,15 @@ def metric_of_first_heads(model, clean, corrupt, metric, order):
     L, H = model.config.n_layer, model.config.n_head
     rank = order.view(-1, L * H).argsort(-1).view(-1, L, H)                          # argsort inverts a permutation
     return effects(model, clean, corrupt, metric, [rank < k for k in range(L * H + 1)])
+
+
+@torch.no_grad()
+def metric_of_kept_heads(model, clean, corrupt, metric, order):
+    """(N,L*H+1): the other direction, the metric on the clean run with only the first k heads of `order` kept: the z of
+    all others comes from the corrupted run. The last column is m(clean); column 0 is what embedding and MLPs do."""
+    L, H = model.config.n_layer, model.config.n_head
+    rank = order.view(-1, L * H).argsort(-1).view(-1, L, H)
+    return effects(model, corrupt, clean, metric, [rank >= k for k in range(L * H + 1)])[0]
 
 
 def explained_effect(model, clean, corrupt, metric, order):

@@ -76,6 +76,8 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
         order = by_head.flatten(1).argsort(descending=True)
         m = batched(lambda *batch: P.metric_of_first_heads(*batch)[0], model, pairs, order)
         explained = P.share_of_effect(m, m_clean)
+        m = batched(P.metric_of_kept_heads, model, pairs, order)
+        kept_heads = P.share_of_effect(m, m[:, -1])                                   # from no head kept to all
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
         needed = P.heads_needed(shares)
 
@@ -85,7 +87,8 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
             return P.share_of_effect(torch.stack((m_corrupt, m), 1), m_clean)[1].item()
 
         kept, enough = kept_circuits(effect_alone, len(shares) - 1, needed or 1)
-        found |= {f"explained effect, {kind}": explained, f"heads, {kind}": P.heads_needed(explained),
+        found |= {f"explained effect, {kind}": explained, f"heads restored, {kind}": P.heads_needed(explained),
+                  f"effect of kept heads, {kind}": kept_heads, f"heads kept, {kind}": P.heads_needed(kept_heads),
                   f"share of scores, {kind}": shares, f"edges, {kind}": needed, f"kept circuit, {kind}": kept,
                   f"effect of these edges alone, {kind}": kept.get(needed),
                   f"edges that alone have {P.SHARE:.0%} of the effect, {kind}": enough}

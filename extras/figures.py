@@ -27,8 +27,12 @@ def draw_effects(found, of, kinds, share, title, path):
     with picture(path, title, 1, 2, (11, 4.5), sharey=True) as axes:
         for ax, kind in zip(axes[0], kinds):
             for name, f in found.items():
-                label = f"{name}: {what}, {share:.0%} at {f[f'{of}, {kind}']} {of}"
+                few = f[f"{'heads restored' if of == 'heads' else of}, {kind}"]
+                label = f"{name}: {what}{', restored' if of == 'heads' else ''}, {share:.0%} at {few} {of}"
                 ax.plot(f[f"{what}, {kind}"], label=label, **STYLES[name])
+                if of == "heads":
+                    ax.plot(f[f"effect of kept heads, {kind}"], ":", color=STYLES[name]["color"], lw=1.2,
+                            label=f"{name}: the others corrupted, {share:.0%} at {f[f'heads kept, {kind}']} heads")
                 if of == "edges":
                     ax.plot(*zip(*f[f"kept circuit, {kind}"].items()), ":o", color=STYLES[name]["color"], lw=0.8, ms=4,
                             mfc="white", label=f"{name}: effect of these edges alone")

@@ -95,8 +95,10 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
         assert f["edges, per sentence"] == P.heads_needed(P.cumulative(edges).mean(0))
         assert f["edges, global"] == P.heads_needed(P.cumulative(edges.mean(0)))
         change = heads * (m[name][0] - m[name][1])[usable][:, None, None]    # of m itself: small effects count little
-        assert f["heads, global"] == P.heads_needed(P.explained_effect(
-            model, *part, change.mean(0).flatten().argsort(descending=True)))
+        order = change.mean(0).flatten().argsort(descending=True)
+        assert f["heads restored, global"] == P.heads_needed(P.explained_effect(model, *part, order))
+        kept = P.metric_of_kept_heads(model, *part, order).mean(0)
+        np.testing.assert_allclose(f["effect of kept heads, global"], (kept - kept[0]) / (kept[-1] - kept[0]), atol=1e-3)
         effect, m_corrupt = (m[name][0] - m[name][1])[usable], m[name][1][usable]
         for kind, ranked in (("per sentence", edges), ("global", edges.mean(0).expand_as(edges))):
             def alone(n):    # the effect of the n best edges, chosen pair by pair; an edge without a score is no choice

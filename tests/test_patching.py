@@ -132,6 +132,21 @@ def test_head_scores_and_explained_effect_by_hand(b):
         torch.testing.assert_close(measured, m_clean.detach(), atol=1e-9, rtol=0)
 
 
+@BOTH
+def test_kept_heads_by_hand(b):
+    """The other direction: the clean run, and heads beyond the first k as in the corrupted one."""
+    model, (clean, corrupt, metric) = tiny(b), some_pairs()
+    bad, names = by_hand(model, corrupt)[1], [f"a{l}.h{h}" for l in range(2) for h in range(3)]
+    for order in (torch.tensor([4, 1, 0, 5, 3, 2]), torch.stack([torch.randperm(6) for _ in range(3)])):
+        m = P.metric_of_kept_heads(model, clean, corrupt, metric, order)
+        for k in range(7):
+            rest = order.expand(3, 6)[:, k:]
+            expected = metric(by_hand(model, clean, write=lambda node, y: torch.where(
+                (rest == names.index(node)).any(1)[:, None, None], bad[node], y) if node in names else y)[0])
+            torch.testing.assert_close(m[:, k], expected.detach(), atol=1e-9, rtol=0)
+        assert (m[:, 0] - m[:, -1]).abs().min() > 1e-6
+
+
 def test_all_heads_explain_everything_where_the_last_token_is_shared():
     model, (clean, corrupt, _) = tiny(), some_pairs()
     curve = P.explained_effect(model, clean, corrupt, lambda logits: logits[:, -1, 4], torch.randperm(6))
