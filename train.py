@@ -9,8 +9,8 @@
 RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a line
 per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose validation loss
 met tau), summary.json and three pictures; with --init scratch also dense/, the same of the dense training. Losses are
-cross-entropies in nats per token; edges are shares of the allowed ones. tau is asked twice: lambda listens to the CE of
-the training batches, with sampled gates; best.pt needs the validation CE, with hard gates.
+cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes from sampled gates on the
+training text; lambda listens to the model that is kept, with hard gates, on text that it does not train on.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed is the run that was not.
@@ -40,6 +40,9 @@ from support.place import Place
 from support.report import control_row, report
 
 
+LOOK_EVERY = 4    # steps between two looks of lambda: a forward pass over one batch, at most a twelfth of their time
+
+
 @torch.no_grad()
 def evaluate(model, tokens, place, args):
     """Hard gates, the same windows each time -> validation CE in nats per token, active share (L,H)."""
@@ -56,6 +59,18 @@ def evaluate(model, tokens, place, args):
         active = active + out.active_edges.cpu().double() * len(part)
     model.train(was_training)
     return ce / len(starts), active / len(starts)
+
+
+@torch.no_grad()
+def look(model, tokens, n, place, args):
+    """What lambda sees at its n-th look: CE of hard gates in nats per token, on one batch of windows a process."""
+    first = (n * place.size + place.rank) * args.batch_size
+    idx, targets = batch(tokens, model.config.block_size, first, args.batch_size, args.seed)
+    model.eval()
+    with place.autocast():
+        ce = model(idx.to(place.device), targets.to(place.device)).loss.item()
+    model.train()
+    return place.mean(ce)[0]
 
 
 def adamw(model, args):
@@ -92,13 +107,15 @@ def stop(log, place, args):
     sys.exit(f"stopped after step {log.step}: the same program with --resume {args.out} goes on")
 
 
-def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
+def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift=0.0):
     """Train up to step `steps`, going on from out/last.pt if there is one.
 
     With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the untouched model, frozen, to stay close
-    to. Leaves (support/log.py) out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
+    to. shift: by how much the text that lambda looks at is harder than the validation text. Leaves (support/log.py)
+    out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
     """
-    train_tokens, val_tokens = data
+    train_tokens, val_tokens, unseen_tokens = data
+    looked_at = train_tokens if args.constraint == "training" else unseen_tokens
     T, B, micros = model.config.block_size, args.batch_size, args.grad_accum
     optimizer, scores = adamw(model, args)
     log = Log(out, model, optimizer, geco)    # reads out/last.pt into them, if it is there
@@ -140,7 +157,11 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None):
         optimizer_step(optimizer, lr * min(warm, cosine), scores, args.score_lr)
         status = f"CE {ce:.3f}"
         if geco:
-            log.last = geco.step(ce, expected)
+            if args.constraint == "sampled":
+                log.last = geco.step(ce, expected)
+            elif step % LOOK_EVERY == 0:
+                seen = look(model, looked_at, step // LOOK_EVERY, place, args)
+                log.last = geco.step(seen - shift, expected)
             status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         log.step = step + 1
         log.recent.append(ce)
@@ -180,8 +201,8 @@ def run(args, load, encoding_of, prepare):
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {edges:,} allowed edges per sequence of {T}\n"
         f"{place.size} x {place.device}, {str(place.dtype).removeprefix('torch.')}, seed {args.seed}, "
         f"output in {args.out}\n"
-        f"{len(data[0]):,} training and {len(data[1]):,} validation tokens, {tokens_per_step:,} tokens per step, "
-        f"{steps:,} steps see every token {passes:.1f} times")
+        f"{len(data[0]):,} training, {len(data[1]):,} validation and {len(data[2]):,} constraint tokens\n"
+        f"{tokens_per_step:,} tokens per step, {steps:,} steps see every training token {passes:.1f} times")
     if passes > 1:
         say("note: a constraint that is met by memorising is not met: judge by the validation CE")
     if model.config.gated:
@@ -192,7 +213,7 @@ def run(args, load, encoding_of, prepare):
         folder = os.path.join(args.out, "dense")
         os.makedirs(folder, exist_ok=True)
         fit(model, data, folder, place, args, args.dense_steps, args.dense_lr)
-    base = untouched(model, data[1], place, args)
+    base = untouched(model, data, place, args)
     say(f"untouched model: validation CE {base['ce']:.4f} nats per token; "
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.distill else None
@@ -200,7 +221,8 @@ def run(args, load, encoding_of, prepare):
     for block in model.h if args.learn_gate_bias else ():
         block.attn.gate_bias.requires_grad_()
     geco = None if args.dense else Geco(base["tau"], args.lam, args.rate, args.decay)
-    fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher)
+    shift = base["shift"] if args.constraint == "held-out" else 0.0
+    fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
     if place.device.type == "cuda":
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if place.rank == 0:
@@ -209,18 +231,20 @@ def run(args, load, encoding_of, prepare):
         dist.destroy_process_group()
 
 
-def untouched(model, tokens, place, args):
-    """The facts of base.json: the untouched model's validation CE, its active share, and tau, which may follow."""
-    path = os.path.join(args.out, "base.json")
+def untouched(model, data, place, args):
+    """The facts of base.json: the untouched model's validation CE, its active share, tau, which may follow, and shift,
+    by how much the constraint's split is harder for it than the validation split."""
+    path, (_, val_tokens, unseen_tokens) = os.path.join(args.out, "base.json"), data
     if not os.path.exists(path):
-        ce, active = evaluate(model, tokens, place, args)
-        ce, active = place.mean(ce, active.mean().item())
+        ce, active = evaluate(model, val_tokens, place, args)
+        unseen_ce, _ = evaluate(model, unseen_tokens, place, args)
+        ce, active, unseen_ce = place.mean(ce, active.mean().item(), unseen_ce)
         if not math.isfinite(ce):
             raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "
                             "take another --init, or a lower --dense-lr, and another --out")
         tau = None if args.dense else args.tau or ce + 0.05
         T = model.config.block_size
-        write_json(path, {"ce": ce, "active": active, "tau": tau, "block_size": T,
+        write_json(path, {"ce": ce, "active": active, "tau": tau, "shift": unseen_ce - ce, "block_size": T,
                           "edges_per_token": allowed_edges(model.config) / T})
     return read_json(path)
 

@@ -1,10 +1,11 @@
 """Text in, tokens out: what train.py reads, and the two vocabularies that need no file.
 
-    train, val = load("openwebtext", gpt2_encoding())    # two arrays of tokens, in the cache after the first call
+    train, val, constraint = load("openwebtext", gpt2_encoding())    # arrays of tokens, in the cache after one call
     idx, targets = batch(train, T=1024, first=0, count=16, seed=0)
 
-A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, each goes to the training
-or the validation split as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split.
+A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, each goes to one of three
+splits as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split. train is what the
+weights learn, constraint is what lambda listens to, and val is looked at by neither: it is for the report.
 """
 import ast
 import lzma
@@ -15,6 +16,7 @@ import sys
 import sysconfig
 import tarfile
 import zlib
+from contextlib import ExitStack
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -30,7 +32,8 @@ OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/ma
 OFFLINE = ("without network: --data PATH (a .txt, a folder of them, a .bin of tokens), or\n"
            "python train.py --init scratch --data stdlib")
 NAMES = r"stdlib|openwebtext(?:-(\d+))?"
-HELD_OUT = 20       # one document in 20 is for validation
+SPLITS = ("train", "val", "constraint")
+HELD_OUT = 20       # one document in 20 is for validation, and another one for the constraint
 
 
 # ---- Vocabularies
@@ -66,7 +69,7 @@ def window(tokens, start, T):
     return torch.from_numpy(tokens[start:start + T + 1].astype(np.int64))
 
 
-@lru_cache(maxsize=2)    # a batch may reach into the next epoch
+@lru_cache(maxsize=4)    # of two splits; a batch may reach into the next epoch
 def epoch_order(windows, seed, epoch):
     return torch.randperm(windows, generator=torch.Generator().manual_seed(1000 * seed + epoch))
 
@@ -87,14 +90,15 @@ def batch(tokens, T, first, count, seed):
 # ---- Sources
 
 def load(source, encoding):
-    """Tokens of the training and of the validation split, two memory-mapped arrays of whole documents."""
+    """Tokens of the three splits, memory-mapped arrays of whole documents, in the order of SPLITS."""
     cache = Path(torch.hub.get_dir(), "sparse-attention-data")
     if source.endswith(".bin"):
         tokens = read_tokens(source, encoding)
-        cut = len(tokens) * (HELD_OUT - 1) // HELD_OUT
-        ends = np.flatnonzero(tokens[max(cut - 1, 0):-1] == encoding.eot_token)
-        cut += ends[0] if len(ends) else 0    # on to the end of the document, if one ends there
-        return tokens[:cut], tokens[cut:]
+        cuts = []
+        for cut in (len(tokens) * (HELD_OUT - n) // HELD_OUT for n in (2, 1)):
+            ends = np.flatnonzero(tokens[max(cut - 1, 0):-1] == encoding.eot_token)
+            cuts.append(cut + (ends[0] if len(ends) else 0))    # on to the end of the document, if one ends there
+        return tuple(np.split(tokens, cuts))
 
     if source == "stdlib":
         documents, key = docstrings, f"stdlib-{sys.version_info.major}.{sys.version_info.minor}"
@@ -108,10 +112,10 @@ def load(source, encoding):
         documents, key = lambda: texts_of(files), f"{Path(source).stem}-{zlib.crc32(stamp.encode()):08x}"
     else:
         raise UserError(f"no such data: {source}\nexpected openwebtext[-N], stdlib or a path")
-    folder = cache / f"{key}-{encoding.name}"
+    folder = cache / f"{key}-{encoding.name}-{len(SPLITS)}-splits"
     if not folder.exists():
         tokenise(documents(), encoding, folder)
-    return read_tokens(folder / "train.bin", encoding), read_tokens(folder / "val.bin", encoding)
+    return tuple(read_tokens(folder / f"{split}.bin", encoding) for split in SPLITS)
 
 
 def archived_texts(path):
@@ -161,22 +165,23 @@ def token_type(encoding):
 
 
 def tokenise(documents, encoding, folder):
-    """Write train.bin and val.bin into the folder, all at once or not at all. One document in HELD_OUT, chosen by
-    its checksum, is for validation, so that a text that comes twice cannot be in both."""
+    """Write a file for each split into the folder, all at once or not at all. A document's checksum says where it goes,
+    so that a text that comes twice cannot be in two of them."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    counts = [0, 0]
+    counts = [0, 0, 0]
     try:
         temporary.mkdir(parents=True)
-        with open(temporary / "train.bin", "wb") as train, open(temporary / "val.bin", "wb") as val, \
-                tqdm(unit=" documents", desc=f"tokenising {folder.name}") as bar:
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(temporary / f"{split}.bin", "wb")) for split in SPLITS]
+            bar = stack.enter_context(tqdm(unit=" documents", desc=f"tokenising {folder.name}"))
             while some := list(islice(documents, 1000)):
                 for text, tokens in zip(some, encoding.encode_ordinary_batch(some, num_threads=os.cpu_count())):
-                    held_out = zlib.crc32(text.encode("utf-8", errors="replace")) % HELD_OUT == 0
-                    (train, val)[held_out].write(np.array(tokens + [encoding.eot_token], token_type(encoding)))
-                    counts[held_out] += 1
+                    split = {0: 1, 1: 2}.get(zlib.crc32(text.encode("utf-8", errors="replace")) % HELD_OUT, 0)
+                    files[split].write(np.array(tokens + [encoding.eot_token], token_type(encoding)))
+                    counts[split] += 1
                 bar.update(len(some))
         if not all(counts):
-            raise UserError(f"{sum(counts)} documents are too few to hold out one in {HELD_OUT}\n"
+            raise UserError(f"{sum(counts)} documents are too few to hold out two in {HELD_OUT}\n"
                             "put more .txt files into a folder, or two blank lines between documents")
         if not folder.exists():    # another run may have made the same one meanwhile
             os.replace(temporary, folder)

@@ -77,6 +77,18 @@ def best_row(rows, tau):
     return min(good, key=lambda row: (row["active"], row["val_ce"]), default=None)
 
 
+def share_at(rows, ce):
+    """The smallest active share at which a run had at most this validation CE, or None. Between two evaluations, of
+    which one is better and one worse, both change evenly."""
+    shares = [row["active"] for row in rows if row["val_ce"] <= ce]
+    for pair in zip(rows, rows[1:]):
+        worse, better = sorted(pair, key=lambda row: -row["val_ce"])
+        if better["val_ce"] < ce < worse["val_ce"]:
+            part = (ce - better["val_ce"]) / (worse["val_ce"] - better["val_ce"])
+            shares.append(better["active"] + part * (worse["active"] - better["active"]))
+    return min(shares, default=None)
+
+
 def by_head(row):
     """The active share of every head (L,H) in a row of log.csv."""
     heads = [tuple(map(int, name.removeprefix("active_").split("."))) for name in row if name.startswith("active_")]

@@ -12,7 +12,7 @@ SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size
 SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
 OPTIONS = (    # name, type (or choices), default, help
-    ("tau", between(float, 1e-6, 100.0), None, "target of the training CE, nats per token; default: untouched + 0.05"),
+    ("tau", between(float, 1e-6, 100.0), None, "target of the validation CE, nats per token; default: untouched + 0.05"),
     ("init", str, "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, or scratch"),
     ("data", str, "openwebtext", "openwebtext[-N], stdlib, or a path: a .txt, a folder of them, a .bin of tokens"),
     ("out", str, None, "folder of the run; default: runs/ and the name of --init, -dense for a control"),
@@ -30,6 +30,8 @@ OPTIONS = (    # name, type (or choices), default, help
     ("score-lr", between(float, 0.0, 1000.0), 1.0, "rate of q, k and thresholds, in multiples of --lr"),
     ("gate-bias", between(float, 0.0, 100.0), None, "b, how far open gates start; default: 2, or the checkpoint's own"),
     ("learn-gate-bias", bool, False, "train b: one threshold per head"),
+    ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
+     "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, 1e-3, 10.0), 1.0, "lambda at the start; below 1, edges go at once"),
     ("rate", between(float, 1e-9, 100.0), 0.05, "kappa of GECO: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.9, "alpha of GECO: how long Cbar remembers"),

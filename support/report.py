@@ -6,7 +6,7 @@ import torch
 
 from support.figures import draw_attention, draw_curve, draw_heads
 from support.files import UserError, write_json
-from support.log import best_row, by_head, read_run
+from support.log import best_row, by_head, read_run, share_at
 from support.options import OPTIONS
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -53,6 +53,8 @@ def report(out, control, load, encoding_of):
     if not args.dense:
         which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
         print(f"tau {base.tau:.4f}, {which}, step {found['step']} of {args.steps}")
+        enough = share_at(rows, base.ce)
+        print(f"least edges at the untouched model's CE: {f'{enough:.3%}' if enough else 'never that low'}")
         draw_curve(rows, lines, base.tau, os.path.join(out, "curve.png"))
         draw_heads(by_head(found), os.path.join(out, "edges_by_head.png"))
         init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
@@ -64,7 +66,7 @@ def report(out, control, load, encoding_of):
         "base_ce": base.ce, "control_ce": control_ce,
         "sparse_ce": None if args.dense else found["val_ce"], "tau": base.tau,
         "constraint_met": None if args.dense else best is not None,
-        "active_share": found["active"], "edges_per_token": found["active"] * base.edges_per_token,
+        "share_at_untouched_ce": None if args.dense else share_at(rows, base.ce), "active_share": found["active"], "edges_per_token": found["active"] * base.edges_per_token,
         "step": found["step"], "steps": args.steps, "seed": args.seed})
 
 

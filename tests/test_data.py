@@ -67,10 +67,9 @@ def documents(*splits, encoding):
     return found
 
 
-def check_split(train, val, encoding, texts=TEXTS):
-    assert sorted(documents(train, val, encoding=encoding)) == sorted(texts)    # all of them, each once
-    held_out = documents(val, encoding=encoding)
-    assert 1 <= len(held_out) <= 20 and not set(held_out) & set(documents(train, encoding=encoding))
+def check_split(train, val, constraint, encoding, texts=TEXTS):
+    assert sorted(documents(train, val, constraint, encoding=encoding)) == sorted(texts)    # all of them, each once
+    assert all(1 <= len(documents(tokens, encoding=encoding)) <= 20 for tokens in (val, constraint))
 
 
 @pytest.mark.parametrize("source, name", [("openwebtext", "urlsf_subset00.tar"),
@@ -150,9 +149,9 @@ def test_a_token_file_is_cut_between_documents(tmp_path):
     encoding = byte_encoding()
     tokens = np.array(([65] * 9 + [256]) * 40 + [66] * 5, np.uint16)
     tokens.tofile(tmp_path / "tokens.bin")
-    train, val = data.load(str(tmp_path / "tokens.bin"), encoding)
-    assert np.concatenate((train, val)).tolist() == tokens.tolist()
-    assert train[-1] == 256 and 380 <= len(train) < 400
+    train, val, constraint = data.load(str(tmp_path / "tokens.bin"), encoding)
+    assert np.concatenate((train, val, constraint)).tolist() == tokens.tolist()
+    assert (len(train), len(val)) == (370, 20) and train[-1] == val[-1] == 256    # of 405: 364.5 and 384.75
 
 
 @pytest.mark.parametrize("content, message", [
@@ -210,9 +209,9 @@ def test_a_large_vocabulary_takes_wider_tokens(tmp_path):
     encoding = tiktoken.Encoding("large", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
                                  special_tokens={"<|endoftext|>": 70_000})
     (tmp_path / "all.txt").write_text("\n\n\n".join(TEXTS))
-    train, val = data.load(str(tmp_path / "all.txt"), encoding)
-    assert train.dtype == val.dtype == np.uint32
-    check_split(train, val, encoding)
+    splits = data.load(str(tmp_path / "all.txt"), encoding)
+    assert {tokens.dtype for tokens in splits} == {np.dtype(np.uint32)}
+    check_split(*splits, encoding)
 
 
 # ---- batches

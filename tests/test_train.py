@@ -18,8 +18,9 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from support import report
+from support import data, report
 from support.files import UserError
+from support.log import share_at
 from support.losses import divergence
 from support.place import Place
 from support.weights import save_checkpoint
@@ -96,9 +97,11 @@ def finished(tiny):
 
 @pytest.fixture(scope="session")
 def every_step(tiny):
-    """A run with open gates that logs every step."""
-    here(tiny, *options(tiny, tiny / "one", *OPEN, "--eval-every", "1", "--tau", "4"))
-    return tiny / "one"
+    """Runs with open gates that log every step, by what lambda listens to."""
+    for constraint in ("sampled", "held-out"):
+        here(tiny, *options(tiny, tiny / constraint, *OPEN, "--eval-every", "1", "--tau", "4"),
+             "--constraint", constraint)
+    return {constraint: tiny / constraint for constraint in ("sampled", "held-out")}
 
 
 def test_validation_against_a_loop(tiny):
@@ -141,11 +144,44 @@ def test_the_multiplier_follows_the_formula(every_step):
     """(4) and (5) again, from the logged losses alone: tau 4, kappa 0.05, alpha 0.9. The lam of a row is the one
     that its step used."""
     average, lam = None, 1.0
-    for row in log(every_step)[1:]:
+    for row in log(every_step["sampled"])[1:]:
         c = row["train_ce"] - 4
         average = c if average is None else 0.9 * average + 0.1 * c
         assert row["c_bar"] == pytest.approx(average, abs=1e-9) and row["lam"] == pytest.approx(lam, rel=1e-9)
         lam *= math.exp(0.05 * average)
+
+
+@pytest.mark.parametrize("constraint", ["held-out", "training"])
+def test_lambda_sees_the_kept_model_on_other_text(tiny, tmp_path, constraint):
+    """After one step from the checkpoint it left: hard gates, on the first windows of the split, and on held-out text
+    less what that text is harder for the untouched model than the validation text. Then every fourth step."""
+    out = tmp_path / "run"
+    here(tiny, *options(tiny, out, "--tau", "5", "--gate-bias", "0", "--eval-every", "1"),
+         "--constraint", constraint, "--steps", "1")
+    model, untouched = GPT.from_pretrained(out / "last.pt"), GPT.from_pretrained(tiny / "init.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(tiny / "home"))
+        tokens, val, held_out = data.load(str(tiny / "text.txt"), data.byte_encoding())
+    idx, targets = data.batch(held_out if constraint == "held-out" else tokens, 16, 0, 8, 0)
+    args = argparse.Namespace(eval_windows=16, batch_size=8)
+    easier, harder = (train.evaluate(untouched, split, Place("cpu", None), args)[0] for split in (val, held_out))
+    shift = harder - easier if constraint == "held-out" else 0
+    seen = model(idx, targets).loss.item() - shift
+    assert log(out)[-1]["c_bar"] == pytest.approx(seen - 5, abs=1e-6)
+    assert abs(shift) > 1e-3 or constraint == "training"
+
+
+def test_lambda_answers_every_fourth_step(every_step):
+    lams = [row["lam"] for row in log(every_step["held-out"])[1:]]    # a row's is the one that its last look ended
+    assert len(lams) == 20 and all(len(set(lams[n:n + 4])) == 1 for n in range(0, 20, 4)) and len(set(lams)) == 5
+
+
+def test_the_share_at_a_loss_by_interpolation():
+    rows = [{"val_ce": ce, "active": active} for ce, active in (
+        (2.2, 0.6), (1.8, 0.2), (1.6, 0.1), (1.65, 0.04), (1.75, 0.02), (1.69, 0.03))]
+    assert share_at(rows, 1.7) == pytest.approx(0.03 + (0.02 - 0.03) / 6)    # a sixth of the way back up
+    assert share_at(rows, 1.67) == pytest.approx(0.04 - 0.2 * 0.02)          # a fifth of the way from 1.65 to 1.75
+    assert share_at(rows, 1.6) == 0.1 and share_at(rows, 1.5) is None and share_at(rows[:1], 3) == 0.6
 
 
 def test_without_tau_it_is_the_untouched_loss_and_a_bit(tiny, capsys):
@@ -189,17 +225,18 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, name, count,
 
 
 def test_two_ranks_follow_one_process(tiny, every_step):
-    go(tiny, *options(tiny, tiny / "two", *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4"),
+    """And two micro-batches one large one. Only the processes look at as many held-out windows as one with a large batch."""
+    short = *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4"
+    go(tiny, *options(tiny, tiny / "two", *short),
        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
-    here(tiny, *options(tiny, tiny / "micro", *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4",
-                        "--grad-accum", "2"))
-    one = log(every_step)
-    for other in (log(tiny / "two"), log(tiny / "micro")):
+    here(tiny, *options(tiny, tiny / "micro", *short, "--grad-accum", "2"), "--constraint", "sampled")
+    for constraint, folder in (("held-out", "two"), ("sampled", "micro")):
+        one, other = log(every_step[constraint]), log(tiny / folder)
         assert len(one) == len(other) == 21
         for ours, theirs in zip(one[1:], other[1:]):
             assert ours["train_ce"] == pytest.approx(theirs["train_ce"], abs=1e-5)
             assert ours["lam"] == pytest.approx(theirs["lam"], abs=1e-5)
-    assert one[-1]["lam"] != one[2]["lam"]
+        assert one[-1]["lam"] != one[2]["lam"]
 
 
 def test_scratch_control_and_report(tiny, capsys, monkeypatch):
