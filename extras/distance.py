@@ -1,16 +1,19 @@
-"""How far back does a model read? Two questions that need distance, dense beside sparse.
+"""How far back does a model read, and which of its open edges does it hardly use? Dense beside sparse.
 
     python -m extras.distance --dense A --sparse B --data stdlib [--out runs/distance]
 
 context   the cross-entropy of a validation token when only the last c tokens are shown, c = 1, 2, 4, ...: what does
           it gain from the far ones?
 copy      the cross-entropy of a text that was shown before, d tokens back: can it still be read from there?
+idle      of the sparse model, by layer: the share of open edges, and how many of these weigh less than IDLE
 
 A and B: GPT-2 names, paths, or checkpoints of ours. Cross-entropies in nats per token, hard gates. Both models and all
 lengths are asked about the same places of the text: the error of sparse - dense is that of the paired difference.
 Shapes: N places, T positions, V vocabulary.
 """
 import argparse
+import dataclasses
+import math
 import os
 
 import numpy as np
@@ -19,10 +22,12 @@ import torch
 from extras.circuits import load_models, model_options
 from extras.figures import draw_distance
 from extras.tokenizer import encoding_of
+from model import allowed_edges
 from support.data import load
 from support.files import UserError, between, make_folder, write_json
 
 AT_ONCE = 4096    # tokens in a forward pass
+IDLE = 0.01       # an open edge that adds less than this share of a value might as well be closed
 
 
 @torch.no_grad()
@@ -34,6 +39,16 @@ def losses(model, rows, count):
         log_p = model.eval()(part[:, :-1]).logits[:, T - count:].float().log_softmax(-1)     # (n,count,V)
         found.append(-log_p.gather(2, part[:, -count:, None]).mean((1, 2)).cpu())
     return torch.cat(found).double()
+
+
+@torch.no_grad()
+def idle_edges(model, rows):
+    """rows (N,T) -> by layer (L): open edges / allowed edges, and those that weigh less than IDLE / open edges."""
+    maps = model.eval().attention_maps(rows.to(model.wte.weight.device)).cpu()               # (L,N,H,T,T)
+    allowed = len(rows) * allowed_edges(dataclasses.replace(model.config, n_layer=1, block_size=rows.shape[1]))
+    is_open, idle = ((maps > 0) & (maps < most) for most in (math.inf, IDLE))
+    is_open, idle = (found.sum((1, 2, 3, 4)) for found in (is_open, idle))                   # (L)
+    return is_open / allowed, idle / is_open.clamp(min=1)
 
 
 def mean_and_error(values):
@@ -74,6 +89,11 @@ def compare(args):
                 column[n] = mean_and_error(ce)
             print(f"{n:<10}" + "".join("{:10.3f} +- {:.3f}".format(*column[n]) for column in found[question].values()),
                   flush=True)
+    rows = questions["context"][lengths[-1]][0][:AT_ONCE // lengths[-1], 1:]    # the longest, as many as fit
+    found["idle"] = [shares.tolist() for shares in idle_edges(models["sparse"], rows)]
+    print(f"\n{'layer':10}{'open edges':>18}{f'of these, < {IDLE}':>18}    sparse, {len(rows)} rows of {rows.shape[1]}")
+    for layer, (share, idle) in enumerate(zip(*found["idle"])):
+        print(f"{layer:<10}{share:18.3%}{idle:18.1%}")
     write_json(os.path.join(args.out, "distance.json"), vars(args) | found)
     draw_distance(found, os.path.join(args.out, "distance.png"))
     print(f"\ndistance.json and distance.png are in {args.out}")

@@ -33,6 +33,22 @@ def test_losses_and_rows_by_hand():
             assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), abs=1e-5)
 
 
+def test_idle_edges_by_counting():
+    model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, gated=True, gate_bias=0.0),
+                generator=torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        for block in model.h:
+            block.attn.c_attn.weight.mul_(300)    # sharp: many an open edge weighs little
+    rows, open_, idle = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(1)), [0, 0], [0, 0]
+    for layer, maps in enumerate(model.attention_maps(rows).detach()):
+        for weight in maps.flatten().tolist():
+            open_[layer] += weight > 0
+            idle[layer] += 0 < weight < distance.IDLE
+    shares, of_these = distance.idle_edges(model, rows)
+    assert shares.tolist() == pytest.approx([n / (3 * 2 * 12 * 13 / 2) for n in open_])
+    assert of_these.tolist() == pytest.approx([a / b for a, b in zip(idle, open_)]) and 0 < min(of_these) < 1
+
+
 class Remembers(torch.nn.Module):
     """Sure that the next token is the one that came `back` tokens before it, if that was shown."""
 
@@ -77,6 +93,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         for n in found[question]["dense"]:
             dense, sparse, apart = (found[question][name][n][0] for name in ("dense", "sparse", "sparse - dense"))
             assert apart == pytest.approx(sparse - dense, abs=1e-6)
+    assert "of these, < 0.01    sparse, 8 rows of 16" in printed and len(found["idle"]) == 2
     assert (tmp_path / "out" / "distance.png").stat().st_size > 10_000
     (tmp_path / "text.bin").write_bytes(bytes(2 * 150))    # 142 zeros to train on, 8 to validate
     monkeypatch.setattr("sys.argv", [arg.replace("text.txt", "text.bin") for arg in arguments])
