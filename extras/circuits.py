@@ -81,6 +81,8 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
         needed = P.heads_needed(shares)
 
+        nodes, between_heads = size(P.top_edges(by_edge, needed or 0, model.config), model.config)
+
         def effect_alone(n):    # of the n best edges, as far as they have a score at all
             chosen = P.top_edges(by_edge, n, model.config) & (by_edge != 0)
             m = batched(lambda model, *batch: P.kept_circuit(model, batch[3], *batch[:3]), model, pairs, chosen)
@@ -89,10 +91,20 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
         kept, enough = kept_circuits(effect_alone, len(shares) - 1, needed or 1)
         found |= {f"explained effect, {kind}": explained, f"heads restored, {kind}": P.heads_needed(explained),
                   f"effect of kept heads, {kind}": kept_heads, f"heads kept, {kind}": P.heads_needed(kept_heads),
-                  f"share of scores, {kind}": shares, f"edges, {kind}": needed, f"kept circuit, {kind}": kept,
+                  f"share of scores, {kind}": shares, f"edges, {kind}": needed, f"nodes of these edges, {kind}": nodes,
+                  f"from head to head, {kind}": between_heads, f"kept circuit, {kind}": kept,
                   f"effect of these edges alone, {kind}": kept.get(needed),
                   f"edges that alone have {P.SHARE:.0%} of the effect, {kind}": enough}
     return found | agreement(model, pairs, changes, edges, seed)
+
+
+def size(edges, config):
+    """Of a circuit (N,S,S), means over pairs: heads and MLPs that hold an edge of it; edges from a head to a head."""
+    inner = edges[:, 1:, :-1]                                                         # without embedding and logits
+    is_head = torch.arange(inner.shape[1]) % (config.n_head + 1) < config.n_head      # heads, then an MLP, layer by layer
+    holds = edges[:, 1:].any(2) | edges[:, :, :-1].any(1)                             # (N,S-1): as source, as destination
+    between_heads = inner & is_head[:, None] & is_head
+    return holds.sum(1).double().mean().item(), between_heads.sum((1, 2)).double().mean().item()
 
 
 def kept_circuits(effect_alone, most, needed):

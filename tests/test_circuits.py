@@ -67,6 +67,17 @@ def toys(folder, layout="reversed"):
     return paths
 
 
+def test_the_size_of_a_circuit_by_names():
+    config = GPTConfig(n_layer=3, n_head=2)
+    edges = P.edge_mask(config) & (torch.rand(4, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.1)
+    nodes, between = 0, 0
+    for chosen in edges[:, P.edge_mask(config)]:
+        named = [edge for edge, yes in zip(P.edge_names(config), chosen.tolist()) if yes]
+        nodes += len({node for edge in named for node in edge} - {"embed", "logits"})
+        between += sum(s[0] == d[0] == "a" for s, d in named)
+    assert circuits.size(edges, config) == (nodes / 4, between / 4) and nodes > 12 and between > 0
+
+
 @pytest.mark.parametrize("layout", ["reversed", "paper"])
 def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, capsys):
     dense, sparse = toys(tmp_path, layout=layout)
