@@ -7,6 +7,7 @@ from matplotlib.collections import LineCollection
 from support.figures import plt, save
 
 STYLES = {"dense": dict(color="black", ls="-", lw=2.2), "sparse": dict(color="C1", ls="--", lw=1.6)}
+NAMED = 60    # a circuit of at most so many nodes shows their names
 SPEED_STYLES = {"plain": dict(color="C3", ls=":", label="plain definition"),
                 "ours": dict(color="C0", ls="-", label="ours"),
                 "dense": dict(color="black", ls="--", label="fused, dense")}
@@ -48,7 +49,8 @@ def draw_effects(found, of, kinds, share, title, path):
 
 
 def draw_circuits(circuits, L, H, total, title, path):
-    """Figure 4b: circuits on a grid of heads with the MLPs to the right; width by |score|, dashed below 0.
+    """Figure 4b: circuits on a grid of heads with the MLPs to the right; width by |score|, dashed below 0. Nodes that
+    take part are dark, and have their names (layer.head) if they are few.
 
     circuits: {model: (S,S) the scores of its edges, 0 for all others}, as patching.edge_scores orders them; total:
     edges there are.
@@ -56,6 +58,7 @@ def draw_circuits(circuits, L, H, total, title, path):
     middle = (H - 1) / 2
     layers = [[*((h, l) for h in range(H)), (H + 0.5, l + 0.45)] for l in range(L)]
     place = np.array([(middle, -1), *sum(layers, []), (middle, L)])                  # (S+1,2) x and y of each node
+    names = ["in", *sum(([*(f"{l}.{h}" for h in range(H)), f"m{l}"] for l in range(L)), []), "out"]
     with picture(path, title, 1, 2, (2 * min(4 + H, 9), min(3 + L, 10))) as axes:
         for ax, (name, scores) in zip(axes[0], circuits.items()):
             sources, destinations = scores.numpy().nonzero()
@@ -63,8 +66,12 @@ def draw_circuits(circuits, L, H, total, title, path):
             ax.add_collection(LineCollection(
                 np.stack(ends, 1), colors="0.2", linewidths=0.15 + 4 * abs(size) / abs(size).max(initial=0),
                 linestyles=np.where(size > 0, "-", "--")))
-            ax.scatter(*place.T, s=80, c="white", edgecolors="black", zorder=3)
-            ax.scatter(*np.concatenate(ends).T, s=80, c="0.6", edgecolors="black", zorder=3)
+            ax.scatter(*place.T, s=60, c="white", edgecolors="0.8", zorder=1)
+            used = np.union1d(sources, destinations + 1)
+            ax.scatter(*place[used].T, s=330 if len(used) <= NAMED else 60, c="0.85" if len(used) <= NAMED else "0.4",
+                       edgecolors="black", zorder=3)
+            for n in used if len(used) <= NAMED else ():
+                ax.text(*place[n], names[n], fontsize=7, ha="center", va="center", zorder=4)
             ax.set(xlabel="head", ylabel="layer", title=f"{name}: {len(size):,} of {total:,} edges")
             ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
             ax.set_yticks(range(-1, L + 1), ["embedding", *range(L), "logits"])
