@@ -74,24 +74,23 @@ def look(model, tokens, n, place, args):
 
 
 def adamw(model, args):
-    """Returns AdamW, without decay on thresholds, and the tensors that move at --score-lr: what makes the scores."""
+    """AdamW, and a group of their own for the thresholds: another rate, and no decay."""
     trained = [(name.endswith("gate_bias"), p) for name, p in model.named_parameters() if p.requires_grad]
-    thresholds = [p for is_threshold, p in trained if is_threshold]
-    weights = [p for is_threshold, p in trained if not is_threshold]
-    optimizer = torch.optim.AdamW([{"params": weights}, {"params": thresholds, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    return optimizer, [p for block in model.h for p in block.attn.score_weights()] + thresholds
+    weights = {"params": [p for is_threshold, p in trained if not is_threshold], "times": 1.0}
+    thresholds = {"params": [p for is_threshold, p in trained if is_threshold], "times": args.gate_bias_lr / args.lr}
+    return torch.optim.AdamW([weights, thresholds | {"weight_decay": 0.0}], betas=(0.9, 0.95),
+                             weight_decay=args.weight_decay)
 
 
 @torch.no_grad()
 def optimizer_step(optimizer, lr, scores, score_lr):
-    """A step at the rate lr, in which `scores` move score_lr times as far.
+    """A step at the rate lr times that of each group, in which `scores`, weights of q and k, move score_lr times as far.
 
     q and k are two thirds of the rows of GPT-2's c_attn, and AdamW has one rate for a tensor. But its step is
     proportional to its rate, weight decay included: so this is AdamW with another rate for these rows.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["times"]
     before = [p.clone() for p in scores] if score_lr != 1 else []
     optimizer.step()
     optimizer.zero_grad()
@@ -117,7 +116,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     train_tokens, val_tokens, unseen_tokens = data
     looked_at = train_tokens if args.constraint == "training" else unseen_tokens
     T, B, micros = model.config.block_size, args.batch_size, args.grad_accum
-    optimizer, scores = adamw(model, args)
+    optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     log = Log(out, model, optimizer, geco)    # reads out/last.pt into them, if it is there
     if place.rank == 0:
         log.mend()
@@ -218,7 +217,7 @@ def run(args, load, encoding_of, prepare):
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.distill else None
     model.set_gates(not args.dense, args.gate_bias)
-    for block in model.h if args.learn_gate_bias else ():
+    for block in model.h if args.gate_bias_lr and not args.dense else ():
         block.attn.gate_bias.requires_grad_()
     geco = None if args.dense else Geco(base["tau"], args.lam, args.rate, args.decay)
     shift = base["shift"] if args.constraint == "held-out" else 0.0

@@ -27,9 +27,9 @@ OPTIONS = (    # name, type (or choices), default, help
     ("lr", RATE, 1e-4, "peak learning rate, after --warmup steps; then a cosine down to a tenth"),
     ("warmup", COUNT, 100, "steps until the peak"),
     ("weight-decay", between(float, 0.0, 10.0), 0.01, "of AdamW"),
-    ("score-lr", between(float, 0.0, 1000.0), 1.0, "rate of q, k and thresholds, in multiples of --lr"),
+    ("score-lr", between(float, 0.0, 1000.0), 1.0, "rate of q and k, in multiples of --lr"),
     ("gate-bias", between(float, 0.0, 100.0), None, "b, how far open gates start; default: 2, or the checkpoint's own"),
-    ("learn-gate-bias", bool, False, "train b: one threshold per head"),
+    ("gate-bias-lr", between(float, 0.0, 10.0), 0.0, "peak rate of the thresholds, one per head; 0: b stays as it is"),
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, 1e-3, 10.0), 1.0, "lambda at the start; below 1, edges go at once"),
@@ -87,9 +87,9 @@ def settle(parser):
     if args.init != "scratch" and given & SCRATCH_ONLY:
         raise UserError(", ".join(f"--{name.replace('_', '-')}" for name in sorted(given & SCRATCH_ONLY))
                         + " need --init scratch\nleave them out, or train a model from scratch")
-    if args.dense and given & {"tau", "distill", "learn_gate_bias"}:
+    if args.dense and given & {"tau", "distill", "gate_bias_lr"}:
         raise UserError("--dense is the control: it has no constraint and no gates\n"
-                        "leave --tau, --distill and --learn-gate-bias out")
+                        "leave --tau, --distill and --gate-bias-lr out")
     base = os.path.basename(os.path.normpath(args.init)).removesuffix(".pt")
     args.out = args.out or f"runs/{base}{'-dense' * args.dense}"
     make_folder(args.out)

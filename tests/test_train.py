@@ -306,10 +306,11 @@ def test_recomputing_activations_changes_nothing(tiny):
 
 
 def test_scores_move_at_their_own_rate(tiny, tmp_path):
-    """One step from the same weights, --score-lr 1 and 5: q, k and thresholds move 5 times as far, all else as far."""
+    """One step from the same weights, --score-lr 1 and 5, --gate-bias-lr 0.01 and 0.1: q and k move 5 times as far,
+    thresholds 10 times, all else as far."""
     before, moved = GPT.from_pretrained(tiny / "init.pt"), {}
-    for rate in ("1", "5"):
-        here(tiny, *options(tiny, tmp_path / rate, "--tau", "5", "--score-lr", rate, "--learn-gate-bias"),
+    for rate, of_thresholds in (("1", "0.01"), ("5", "0.1")):
+        here(tiny, *options(tiny, tmp_path / rate, "--tau", "5", "--score-lr", rate, "--gate-bias-lr", of_thresholds),
              "--steps", "1", "--warmup", "1", "--weight-decay", "0.5")
         after = GPT.from_pretrained(tmp_path / rate / "last.pt")
         moved[rate] = {name: t - before.state_dict().get(name, torch.tensor(2.0))
@@ -318,8 +319,11 @@ def test_scores_move_at_their_own_rate(tiny, tmp_path):
         five, scores = moved["5"][name], torch.zeros(len(one), dtype=torch.bool)
         if "c_attn" in name:
             scores[:64] = True
-        scores[:] = True if "gate_bias" in name else scores
         assert one.abs().max() > 1e-4
+        if "gate_bias" in name:
+            assert one.abs().tolist() == pytest.approx([0.01, 0.01], rel=1e-3)    # Adam's first step is its rate
+            torch.testing.assert_close(five, 10 * one, rtol=1e-3, atol=2e-6)
+            continue
         torch.testing.assert_close(five[scores], 5 * one[scores], rtol=1e-3, atol=2e-6)
         torch.testing.assert_close(five[~scores], one[~scores], rtol=0, atol=0)
 
@@ -330,11 +334,12 @@ def test_many_steps_at_another_rate_are_adamw_with_that_rate(tiny):
     model = GPT.from_pretrained(tiny / "init.pt", gated=True).train()
     for block in model.h:
         block.attn.gate_bias.requires_grad_()
-    optimizer, scores = train.adamw(model, argparse.Namespace(weight_decay=0.3))
+    optimizer = train.adamw(model, argparse.Namespace(weight_decay=0.3, lr=0.01, gate_bias_lr=0.02))
+    scores = [p for block in model.h for p in block.attn.score_weights()]
     c_attn, b = model.h[1].attn.c_attn.weight, model.h[1].attn.gate_bias
     parts = [t.detach().clone().requires_grad_() for t in (c_attn[:64], c_attn[64:], b)]
     theirs = torch.optim.AdamW([{"params": parts[:1], "lr": 0.03}, {"params": parts[1:2], "lr": 0.01},
-                                {"params": parts[2:], "lr": 0.03, "weight_decay": 0}],
+                                {"params": parts[2:], "lr": 0.02, "weight_decay": 0}],
                                betas=(0.9, 0.95), weight_decay=0.3)
     idx = torch.randint(257, (4, 17))
     for _ in range(5):
@@ -351,7 +356,7 @@ def test_many_steps_at_another_rate_are_adamw_with_that_rate(tiny):
 def test_thresholds_are_trained_only_if_asked_and_stay_with_the_model(tiny, finished, tmp_path):
     fixed = GPT.from_pretrained(finished[0] / "last.pt")
     assert all(block.attn.gate_bias.eq(2).all() for block in fixed.h)
-    here(tiny, *options(tiny, tmp_path / "learn", "--tau", "5", "--learn-gate-bias"))
+    here(tiny, *options(tiny, tmp_path / "learn", "--tau", "5", "--gate-bias-lr", "0.003"))
     b = torch.stack([block.attn.gate_bias for block in GPT.from_pretrained(tmp_path / "learn" / "last.pt").h])
     assert b.ne(2).all() and b.unique().numel() == 4
     before = (tmp_path / "learn" / "log.csv").read_text()
@@ -380,7 +385,7 @@ def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     (["--tau", "0"], "0 is not between"),
     (["--dense", "--tau", "3"], "--dense is the control"),
-    (["--dense", "--learn-gate-bias"], "--dense is the control"),
+    (["--dense", "--gate-bias-lr", "0.1"], "--dense is the control"),
     (["--resume", "nowhere"], "cannot read nowhere"),
     (["--resume", "WHOLE", "--steps", "7"], "goes on with the options of its run"),
     (["--resume", "WHOLE", "--steps", "5000"], "goes on with the options of its run"),    # the default, but given
@@ -456,5 +461,5 @@ def test_real_text_in_gpt2_tokens(tiny, monkeypatch, capsys):
     here(tiny, "--init", "scratch", "--data", SHARED / "text", "--layers", "1", "--heads", "1", "--width", "8",
          "--block-size", "32", "--batch-size", "4", "--dense-steps", "4", "--steps", "2", "--eval-windows", "4",
          "--out", tiny / "real", "--device", "cpu", pictures=True)
-    assert "3,705,151 training and 123,359 validation tokens" in capsys.readouterr().out
+    assert "3,591,518 training, 123,359 validation and 113,633 constraint tokens" in capsys.readouterr().out
     assert (tiny / "real" / "attention.png").exists()
