@@ -77,6 +77,22 @@ def draw_circuits(circuits, L, H, total, title, path):
             ax.set_yticks(range(-1, L + 1), ["embedding", *range(L), "logits"])
 
 
+def draw_frontier(runs, path):
+    """Figure 2a: cross-entropy against active edges, a dot for each of runs (dicts of extras/frontier.py)."""
+    with picture(path, "Loss against edges, one dot a run", 1, 1, (7, 4.5)) as axes:
+        ax = axes[0, 0]
+        ax.semilogx([100 * run["active"] for run in runs], [run["val_ce"] for run in runs], "ko", label="sparse")
+        for run in runs:
+            ax.annotate(f"tau {run['tau']:.2f}", (100 * run["active"], run["val_ce"]), textcoords="offset points",
+                        xytext=(6, 4), fontsize=7)
+        for key, name, style in (("untouched_ce", "untouched model", "0.5"), ("control_ce", "dense control", "C0")):
+            for n, ce in enumerate({run[key] for run in runs} - {None}):
+                ax.axhline(ce, color=style, ls="--", label=f"{name}, all edges" if n == 0 else None)
+        ax.margins(x=0.15, y=0.15)
+        ax.set(xlabel="active edges (% of the allowed ones, log axis)", ylabel="validation cross-entropy (nats per token)")
+        ax.legend(fontsize=8)
+
+
 def draw_sweeps(results, title, path):
     """Ablations, a column for each: {what: {value: [(active share, CE, ...) of each seed]}}."""
     units = ("active edges (% of the allowed)", 100), ("cross-entropy (nats)", 1)

@@ -1,0 +1,54 @@
+"""Loss against edges over many runs, one dot each: Figure 2a as the paper draws it.
+
+    python -m extras.frontier RUN RUN ... [--control DENSE_RUN] [--out runs/frontier]
+
+RUN is the folder of a finished sparse run of train.py; the runs differ in --tau, --lam or --seed. A dot is the run's last evaluation: what one gets, not the luckiest moment. Prints a table, writes frontier.png
+and frontier.json. At the end: the least edges at which any run was no worse than the untouched model.
+"""
+import argparse
+import os
+
+from extras.figures import draw_frontier
+from support.files import UserError, make_folder, write_json
+from support.log import read_run, share_at
+from support.report import control_row
+
+
+def outcome(run, control):
+    """What the table shows of one run, as a dict."""
+    args, base, rows = read_run(run)
+    if args.dense or rows[-1]["step"] < args.steps:
+        raise UserError(f"{run} is no finished sparse run: it {'has no gates' if args.dense else 'was stopped'}\n"
+                        "leave it out, or finish it with --resume")
+    return {"run": run, "seed": args.seed, "tau": base.tau, "val_ce": rows[-1]["val_ce"], "active": rows[-1]["active"],
+            "untouched_ce": base.ce, "share_at_untouched_ce": share_at(rows, base.ce),
+            "control_ce": control_row(args, control, base)["val_ce"] if control else None}
+
+
+def compare(args):
+    found = [outcome(run, args.control) for run in args.runs]
+    make_folder(args.out)
+    print(f"{'run':40}{'tau':>9}{'CE':>9}{'edges':>10}{'at the untouched CE':>22}")
+    for f in sorted(found, key=lambda f: f["active"]):
+        least = f"{f['share_at_untouched_ce']:.3%}" if f["share_at_untouched_ce"] else "-"
+        print(f"{f['run']:40}{f['tau']:9.4f}{f['val_ce']:9.4f}{f['active']:10.3%}{least:>22}")
+    reached = [f["share_at_untouched_ce"] for f in found if f["share_at_untouched_ce"]]
+    print(f"least edges at the untouched model's CE: {f'{min(reached):.3%}' if reached else 'no run was that good'}")
+    draw_frontier(found, os.path.join(args.out, "frontier.png"))
+    write_json(os.path.join(args.out, "frontier.json"), {"runs": found})
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python -m extras.frontier RUN RUN ... [options]",
+                                     description="Loss against edges over many runs: Figure 2a.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished sparse run of train.py")
+    parser.add_argument("--control", help="folder of a --dense run, for all of them")
+    parser.add_argument("--out", default="runs/frontier", help="folder of the picture (default runs/frontier)")
+    try:
+        compare(parser.parse_args())
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
