@@ -16,8 +16,8 @@ Loss below tau: lam shrinks and edges go. One training step, in both training lo
     optimizer.step()
     row |= geco.step(seen, expected)              # seen: the CE that the constraint looks at, a plain number
 
-Which CE it looks at is the loop's to choose. The toy shows it the model that will be kept, whose gates are hard and
-whose weights are averaged; train.py, so far, the batch that it trains on, with sampled gates.
+Which CE it looks at is the loop's to choose. The paper's is that of the batch that trains, with sampled gates. Ours is
+that of the model that will be kept, whose gates are hard: in the toy with averaged weights, in train.py on other text.
 """
 import math
 

@@ -219,7 +219,8 @@ def run(args, load, encoding_of, prepare):
     model.set_gates(not args.dense, args.gate_bias)
     for block in model.h if args.gate_bias_lr and not args.dense else ():
         block.attn.gate_bias.requires_grad_()
-    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate, args.decay)
+    rate = args.rate if args.constraint == "sampled" else args.rate * LOOK_EVERY    # per step, as the option says
+    geco = None if args.dense else Geco(base["tau"], args.lam, rate, args.decay)
     shift = base["shift"] if args.constraint == "held-out" else 0.0
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
     if place.device.type == "cuda":

@@ -89,7 +89,7 @@ def draw_curve(rows, lines, tau, path):
                 ha="right")
     for (name, ce, active), marker in zip(lines, ("s", "D", "*")):
         ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none", label=f"{name}: {ce:.3f}")
-    ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}, of the training loss")
+    ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}")
     ax.margins(y=0.12)    # room for the note at the top
     ax.set(xlabel="active edges (% of the allowed ones, log axis)", ylabel="validation cross-entropy (nats per token)",
            title="Loss against edges while the gates close")

@@ -33,7 +33,7 @@ OPTIONS = (    # name, type (or choices), default, help
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, 1e-3, 10.0), 1.0, "lambda at the start; below 1, edges go at once"),
-    ("rate", between(float, 1e-9, 100.0), 0.05, "kappa of GECO: how fast lambda answers"),
+    ("rate", between(float, 1e-9, 100.0), 0.05, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.9, "alpha of GECO: how long Cbar remembers"),
     ("distill", between(float, 0.0, 1000.0), 0.0, "weight of KL(untouched || sparse) beside the CE: both times lambda"),
     ("eval-every", COUNT, 100, "steps between evaluations"),

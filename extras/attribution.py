@@ -1,0 +1,236 @@
+"""Attention attribution: through which heads and keys does one feature act on another (a later part of the paper).
+
+A cross-layer transcoder (extras/transcoder.py) replaces all MLPs by sparse features. Hold fixed, as they are on one
+prompt, the attention A * softmax, the scales of the norms, and which features are active. What is left is linear: each
+node writes vectors into the residual stream, and what any feature reads, its pre-activation, is a sum over nodes.
+
+    nodes    token embedding, position embedding, active features, and what the transcoder misses of each MLP (error)
+    edge     s -> t: the part of t's pre-activation that is there because of s, exact                            (18)
+    bias     what is left of it when no node writes anything: biases of all layers
+    so       edges.sum(0) + bias = value                                                                         (19)
+
+An edge that leaves its position runs through attention. At a layer m it splits exactly into what each head h carries
+from each key j to each query i, and what passes the layer by, in the stream or in decoders that write later:
+
+    c_mh(i,j) = gamma_m(i) . W_O P_h(i,j) W_V N sigma_m(j)                                                       (20)
+
+sigma_m: the source's signal in the stream before the attention; gamma_m: the gradient of the target behind it; N: the
+frozen norm; P = A * softmax. (The paper's own formulas are not known to us; these are checked by their sums.)
+Shapes: T positions, C width, H heads, D head size, L layers, S nodes, the target logit among them as the last.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from extras.transcoder import mlp_sites
+
+LINEAR, WITH_BIAS = False, True
+
+
+class Node(NamedTuple):
+    kind: str        # embedding, position, feature, error or logit
+    layer: int
+    position: int
+    index: int       # of the token, the position, the feature; 0 of an error
+
+
+class Graph(NamedTuple):
+    nodes: list             # S of Node
+    edges: torch.Tensor     # (S,S) from row to column; only features and the logit have edges that end there
+    bias: torch.Tensor      # (S)
+    value: torch.Tensor     # (S) pre-activation of a feature, the logit; 0 of nodes that read nothing
+
+
+class Frozen:
+    """The run of a model on tokens (T), of which only the stream can still change, and the nodes that make it up."""
+
+    def __init__(self, model, transcoder, tokens, target, against=None):
+        self.model, self.transcoder = model.eval(), transcoder
+        L, C, T = model.config.n_layer, model.config.n_embd, len(tokens)
+        with torch.no_grad():
+            self.patterns = model.attention_maps(tokens[None])[:, 0]                 # (L,H,T,T)
+            sites = mlp_sites(model, tokens[None])
+            streams = [torch.stack(found)[:, 0] for found in (sites.before, sites.between)]      # (L,T,C) each
+            self.before, self.between = ([scale_of(getattr(block, name), x) for block, x in zip(model.h, xs)]
+                                         for name, xs in zip(("ln_1", "ln_2"), streams))
+            self.last = scale_of(model.ln_f, sites.last[0])
+            features = [transcoder.encode(l, x[0]) for l, x in enumerate(sites.inputs)]          # (T,F) each
+            errors = torch.stack(sites.outputs)[:, 0] - torch.stack(transcoder.decode(features))           # (L,T,C)
+            positions = model.wpe.weight[:T] if hasattr(model, "wpe") else None
+            head = getattr(model, "lm_head", model.wte).weight                       # (V,C)
+            self.unembedding = head[target] - (head.mean(0) if against is None else head[against])
+            self.nodes, writes = [], []
+
+            def add(node, sites_and_vectors):
+                written = head.new_zeros(L + 1, C)
+                for site, vector in sites_and_vectors:
+                    written[site] = vector
+                self.nodes.append(node)
+                writes.append(written)
+
+            for t, token in enumerate(tokens.tolist()):
+                add(Node("embedding", 0, t, token), [(0, model.wte.weight[token])])
+            for t in range(T if positions is not None else 0):
+                add(Node("position", 0, t, t), [(0, positions[t])])
+            for l, active in enumerate(features):
+                for t, f in active.nonzero().tolist():
+                    add(Node("feature", l, t, f), [(m + 1, active[t, f] * vector) for m, vector in
+                                                   enumerate(transcoder.vectors(l, f), start=l)])
+                for t in range(T):
+                    add(Node("error", l, t, 0), [(l + 1, errors[l, t])])
+            add(Node("logit", L, T - 1, target), [])
+            self.writes = torch.stack(writes)                                        # (S,L+1,C)
+            self.constant = head.new_zeros(L + 1, T, C)    # what the decoders' biases write
+            self.constant[1:] = torch.stack([transcoder.constant(m) for m in range(L)])[:, None]
+
+    def written(self, chosen):
+        """What the chosen nodes write into the stream: (L+1,T,C), before layer 0 and in place of each MLP."""
+        total = torch.zeros_like(self.constant)
+        for n in chosen:
+            total[:, self.nodes[n].position] += self.writes[n]
+        return total
+
+    def attention(self, l, x, bias):
+        """What layer l's attention adds to the stream x (...,T,C), through the frozen pattern."""
+        attn = self.model.h[l].attn
+        y = frozen_norm(self.model.h[l].ln_1, self.before[l], x, bias).reshape(-1, *x.shape[-2:])          # (N,T,C)
+        v = attn.heads(y)[2]                                                         # (N,H,T,D)
+        v = v if bias else v - attn.heads(torch.zeros_like(y))[2]
+        z = self.patterns[l] @ v
+        out = attn.project(z)
+        return (out if bias else out - attn.project(torch.zeros_like(z))).view(x.shape)
+
+    def run(self, written, bias, until=None):
+        """The linear run: written (L+1,...,T,C) -> what the encoders read, L of (...,T,C), what the head reads, and by
+        layer the stream before the attention, and what the attention adds to it. until: stop before this layer."""
+        x, reads, before, added = written[0], [], [], []
+        for l, block in enumerate(self.model.h[:until]):
+            before.append(x)
+            added.append(self.attention(l, x, bias))
+            x = x + added[-1]
+            reads.append(frozen_norm(block.ln_2, self.between[l], x, bias))
+            x = x + written[l + 1]
+        before.append(x)
+        return reads, frozen_norm(self.model.ln_f, self.last, x, bias), before, added
+
+    def value(self, node, reads, last, bias):
+        """What a feature or the logit makes of a run: its pre-activation."""
+        if node.kind == "logit":
+            return last[node.position] @ self.unembedding
+        direction, constant = self.transcoder.reader(node.layer, node.index)
+        return reads[node.layer][node.position] @ direction + (constant if bias else 0)
+
+
+def scale_of(norm, x):
+    """By what a norm multiplies x (T,C): (T,1)."""
+    if isinstance(norm, nn.LayerNorm):
+        return (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+    return (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+
+
+def frozen_norm(norm, scale, x, bias):
+    """A norm with its scale (T,1) held fixed: linear in x (...,T,C) but for its bias."""
+    if isinstance(norm, nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    x = x * scale if norm.weight is None else x * scale * norm.weight
+    return x + norm.bias if bias and getattr(norm, "bias", None) is not None else x
+
+
+def attribution_graph(model, transcoder, tokens, target, against=None):
+    """The Graph of one prompt, tokens (T), for the logit of the token `target` after it, less that of `against` or the
+    mean logit. One backward pass for each feature that is active, and one for the logit."""
+    frozen = Frozen(model, transcoder, tokens, target, against)
+    S = len(frozen.nodes)
+    graph = Graph(frozen.nodes, *(frozen.writes.new_zeros(shape) for shape in ((S, S), S, S)))
+    position = torch.tensor([node.position for node in frozen.nodes])
+    with torch.no_grad():
+        of_bias = frozen.run(frozen.constant, WITH_BIAS)[:2]
+    with torch.enable_grad():
+        written = (frozen.written(range(S)) + frozen.constant).requires_grad_()
+        reads, last = frozen.run(written, WITH_BIAS)[:2]
+        for n, node in enumerate(frozen.nodes):
+            if node.kind in ("feature", "logit"):
+                value = frozen.value(node, reads, last, WITH_BIAS)
+                gradient, = torch.autograd.grad(value, written, retain_graph=True)               # (L+1,T,C)
+                graph.edges[:, n] = torch.einsum("slc,lsc->s", frozen.writes, gradient[:, position])       # (18)
+                graph.value[n], graph.bias[n] = value.detach(), frozen.value(node, *of_bias, WITH_BIAS).detach()
+    return graph
+
+
+def attention_split(model, transcoder, tokens, source, target, of=None, against=None):
+    """(20) for one edge of the graph, nodes as it names them: {layer: (carried (H,T,T) from key j to query i at
+    [h,i,j], bypass, a number)} for each layer between them: carried.sum() + bypass is the edge.
+
+    of, against: as target and against of attribution_graph, where the target of the edge is a feature."""
+    frozen = Frozen(model, transcoder, tokens, target.index if target.kind == "logit" else of, against)
+    s, between = frozen.nodes.index(source), {}
+    with torch.enable_grad():
+        written = frozen.written([s]).requires_grad_()
+        reads, last, before, added = frozen.run(written, LINEAR)
+        value = frozen.value(target, reads, last, LINEAR)
+        grads = torch.autograd.grad(value, [written, *added], materialize_grads=True)
+    gradient, behind = grads[0], grads[1:]                                           # (L+1,T,C), L of (T,C)
+    later = (gradient * written).sum((1, 2)).detach()                                # (L+1) what each write adds
+    first = source.layer + (source.kind in ("feature", "error"))
+    for m in range(first, min(target.layer + 1, model.config.n_layer)):
+        attn, sigma, gamma = model.h[m].attn, before[m].detach(), behind[m]
+        y = frozen_norm(model.h[m].ln_1, frozen.before[m], sigma, LINEAR)[None]
+        v = (attn.heads(y)[2] - attn.heads(torch.zeros_like(y))[2])[0]               # (H,T,D)
+        g = (gamma @ attn.c_proj.weight).unflatten(1, (len(v), -1)).transpose(0, 1)  # (H,T,D)
+        carried = frozen.patterns[m] * torch.einsum("hid,hjd->hij", g, v)
+        between[m] = carried.detach(), ((gamma * sigma).sum() + later[m + 1:].sum()).item()
+    return between
+
+
+@torch.no_grad()
+def score_split(model, transcoder, tokens, layer, head, i, j):
+    """Which pair of nodes opens an edge: the score s_ij of a head, (S,S), from node of the query to node of the key;
+    the last row and column are the biases (the target logit, which writes nothing, has their place). Sums to s_ij."""
+    frozen = Frozen(model, transcoder, tokens, 0)
+    S, attn, norm = len(frozen.nodes), model.h[layer].attn, model.h[layer].ln_1
+    written = torch.stack([frozen.written([n]) for n in range(S - 1)], 1)            # (L+1,S-1,T,C)
+    sides = []
+    for signal, bias in ((written, LINEAR), (frozen.constant[:, None], WITH_BIAS)):
+        x = frozen_norm(norm, frozen.before[layer], frozen.run(signal, bias, layer)[2][-1], bias)
+        q, k = attn.heads(x)[:2]                                                     # (N,H,T,D)
+        if not bias:
+            q, k = (t - zero for t, zero in zip((q, k), attn.heads(torch.zeros_like(x[:1]))[:2]))
+        sides.append((q[:, head, i], k[:, head, j]))
+    q, k = (torch.cat(side) for side in zip(*sides))                                 # (S,D)
+    return q @ k.T / math.sqrt(q.shape[1])
+
+
+def influence(edges):
+    """(S,S): by how much each node counts for each other, over all paths, if what enters a node adds up to 1."""
+    share = edges.abs() / edges.abs().sum(0).clamp(min=1e-30)
+    return share, torch.linalg.inv(torch.eye(len(edges), dtype=edges.dtype) - share)
+
+
+def prune(graph, node_share=0.8, edge_share=0.95):
+    """The few nodes with node_share of all that counts for the logit, and among them the few edges with edge_share.
+
+    Returns (nodes (S) bool, edges (S,S) bool, replacement, completeness): the share of the logit's origins that are
+    tokens and positions and not errors, and the share of all inputs, by how much they count, that are not errors."""
+    share, paths = influence(graph.edges)
+    weight = paths[:, -1]                                                            # (S) for the logit, which has 1
+    kinds = [node.kind for node in graph.nodes]
+    error = torch.tensor([kind == "error" for kind in kinds])
+    origin = torch.tensor([kind in ("embedding", "position") for kind in kinds])
+    fed = graph.edges.abs().sum(0) > 0
+    nodes = largest(weight * torch.tensor([kind != "logit" for kind in kinds]), node_share)
+    nodes[-1] = True
+    flow = share * weight * nodes[:, None] * nodes
+    return (nodes, largest(flow.flatten(), edge_share).view_as(flow),
+            (weight[origin].sum() / weight[origin | error].sum()).item(),
+            ((1 - share[error].sum(0)) * weight)[fed].sum().item() / weight[fed].sum().item())
+
+
+def largest(values, share):
+    """(N) bool: the fewest of values (N, >= 0) that add up to this share of all."""
+    order = values.argsort(descending=True)
+    before = values[order].cumsum(0) - values[order]
+    chosen = torch.zeros(len(values), dtype=torch.bool)
+    chosen[order[before < share * values.sum()]] = True
+    return chosen

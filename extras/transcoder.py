@@ -1,0 +1,290 @@
+"""A cross-layer transcoder: sparse features in place of all MLPs (a later part of the paper; its losses are unknown).
+
+    python -m extras.transcoder --model runs/scratch/best.pt --data stdlib [--out runs/transcoder]
+
+At each layer l an encoder reads what the MLP reads and finds a few active features. Their decoders write in place of
+this and all later MLPs, so that a feature that lives through many layers is found once:
+
+    a_l = top k of relu(W_enc_l x_l + b_l)               features of layer l, x_l: what MLP l reads               (16)
+    y_m ~ sum over l <= m of a_l W_dec_lm + b_m          the output of MLP m                                      (17)
+
+    loss = sum over m of |y_m - (17)|^2 / Var(y_m) + a little of the same for what is missed, from features that sleep
+
+Inputs and outputs are scaled to a mean square of 1 an entry. extras/attribution.py asks what acts on what.
+Trains 2,000 steps of 1,024 tokens; goes on if --out holds a run that was stopped; then prints how good it is.
+Shapes: B batch, T positions, C width, L layers, F features a layer.
+"""
+import argparse
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from extras.llama import load_model
+from extras.tokenizer import encoding_of
+from support.data import batch, load as load_data, window
+from support.files import UserError, between, make_folder, pick_device, read_json, replacing, write_csv, write_json
+from support.losses import cross_entropy
+
+SLEEPS = 100       # steps without being active after which a feature is helped
+HELPERS = 64       # sleeping features that try to explain what is missed
+HELP = 1 / 32      # weight of their loss
+SAVE_EVERY = 100   # steps
+WIDTH_OF_JUMP = 0.1    # within this distance of its threshold JumpReLU has a gradient for it
+
+
+class Sites(NamedTuple):
+    before: list           # L of (B,T,C): the stream before a layer's attention
+    between: list          # L of (B,T,C): the stream before its MLP
+    inputs: list           # L of (B,T,C): the same through the norm, what the MLP reads
+    outputs: list          # L of (B,T,C): what it writes
+    last: torch.Tensor     # (B,T,C): the stream before the last norm
+
+
+@torch.no_grad()
+def mlp_sites(model, idx, mlp=None):
+    """A run with hard gates on idx (B,T), looked at. mlp(l, x): what stands in for the MLP of layer l."""
+    sites, x = Sites([], [], [], [], model.eval().embed(idx)), model.embed(idx)
+    for l, block in enumerate(model.h):
+        sites.before.append(x)
+        x = x + block.attn(block.ln_1(x))[0]
+        sites.between.append(x)
+        sites.inputs.append(block.ln_2(x))
+        sites.outputs.append(mlp(l, sites.inputs[-1]) if mlp else block.mlp(sites.inputs[-1]))
+        x = x + sites.outputs[-1]
+    return sites._replace(last=x)
+
+
+class Jump(torch.autograd.Function):
+    """[h > threshold], with a gradient for the threshold from the h near it (Rajamanoharan et al. 2024)."""
+
+    @staticmethod
+    def forward(ctx, h, threshold):
+        ctx.save_for_backward(h, threshold)
+        return (h > threshold).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        h, threshold = ctx.saved_tensors
+        near = ((h - threshold).abs() < WIDTH_OF_JUMP / 2).to(h.dtype)
+        return None, (-near / WIDTH_OF_JUMP * gradient).flatten(0, -2).sum(0)
+
+
+class Transcoder(nn.Module):
+    """(16) and (17). activation: "topk", k features a token and layer, or "jump", those above a learned threshold."""
+
+    def __init__(self, layers, width, features=1024, k=16, activation="topk", generator=None):
+        super().__init__()
+        self.options = dict(layers=layers, width=width, features=features, k=k, activation=activation)
+        self.k, self.activation = k, activation
+        decoders = torch.randn(layers, features, width, generator=generator) / math.sqrt(width)
+        self.encoder = nn.Parameter(decoders.clone())                                # (L,F,C)
+        self.encoder_bias = nn.Parameter(torch.zeros(layers, features))
+        self.decoder = nn.ParameterList(    # of layer l: (L-l,F,C), to the layers l, l + 1, ...
+            decoders[l].repeat(layers - l, 1, 1) / layers for l in range(layers))
+        self.decoder_bias = nn.Parameter(torch.zeros(layers, width))
+        self.log_threshold = nn.Parameter(torch.full((layers, features), math.log(0.3)), activation == "jump")
+        self.register_buffer("in_scale", torch.ones(layers))                         # inputs times this have size 1
+        self.register_buffer("out_scale", torch.ones(layers))
+
+    def before(self, l, x):
+        """Pre-activations of layer l: x (...,C), what its MLP reads -> (...,F)."""
+        return F.linear(x * self.in_scale[l], self.encoder[l], self.encoder_bias[l])
+
+    def activate(self, l, h):
+        """Pre-activations (...,F) -> features: 0 where they are not active."""
+        if self.activation == "jump":
+            threshold = self.log_threshold[l].exp()
+            return h * Jump.apply(h, threshold)
+        top = h.topk(min(self.k, h.shape[-1]))
+        return torch.zeros_like(h).scatter(-1, top.indices, top.values.relu())
+
+    def encode(self, l, x):
+        """x (...,C), what MLP l reads -> features (...,F) of layer l."""
+        return self.activate(l, self.before(l, x))
+
+    def scaled_output(self, m, features):
+        """(17) in units of out_scale, from features (...,F) of the layers up to m."""
+        return sum(a @ self.decoder[l][m - l] for l, a in enumerate(features[:m + 1])) + self.decoder_bias[m]
+
+    def decode(self, features):
+        """Features of all layers, L of (...,F) -> L of (...,C), what the MLPs write."""
+        return [self.scaled_output(m, features) / self.out_scale[m] for m in range(len(features))]
+
+    def reader(self, l, f):
+        """Of a feature: the direction (C) in what the MLP reads, and the constant, that make its pre-activation."""
+        return self.encoder[l, f] * self.in_scale[l], self.encoder_bias[l, f]
+
+    def vectors(self, l, f):
+        """What one unit of a feature adds to the outputs of the MLPs l, l + 1, ...: (L-l,C)."""
+        return self.decoder[l][:, f] / self.out_scale[l:, None]
+
+    def constant(self, m):
+        """What is added to the output of MLP m without any feature: (C)."""
+        return self.decoder_bias[m] / self.out_scale[m]
+
+
+def loss_of(transcoder, sites, variance, asleep, sparsity):
+    """The loss of one batch; and which features were active, (L,F) bool. variance (L), asleep (L,F) bool.
+
+    sparsity: of JumpReLU, the price of an active feature."""
+    L, features, pre = len(sites.inputs), [], []
+    for l, x in enumerate(sites.inputs):
+        pre.append(transcoder.before(l, x))
+        features.append(transcoder.activate(l, pre[-1]))
+    helpers = []
+    for l, h in enumerate(pre):
+        top = h.masked_fill(~asleep[l], -math.inf).topk(min(HELPERS, h.shape[-1]))
+        helpers.append(torch.zeros_like(h).scatter(-1, top.indices, top.values.relu()))
+    loss = 0.0
+    for m in range(L):
+        missed = sites.outputs[m] * transcoder.out_scale[m] - transcoder.scaled_output(m, features)
+        loss = loss + missed.square().mean() / variance[m]
+        if asleep.any():
+            helped = transcoder.scaled_output(m, helpers) - transcoder.decoder_bias[m]
+            loss = loss + HELP * (missed.detach() - helped).square().mean() / variance[m]
+    if transcoder.activation == "jump":
+        active = sum(Jump.apply(h, transcoder.log_threshold[l].exp()).sum(-1).mean() for l, h in enumerate(pre))
+        loss = loss + sparsity * active
+    return loss, torch.stack([(a > 0).flatten(0, -2).any(0) for a in features])
+
+
+def train(model, tokens, args):
+    """A trained Transcoder, from args.out/last.pt on if it is there. Leaves log.csv and last.pt."""
+    T, path = model.config.block_size, os.path.join(args.out, "last.pt")
+    B = max(1, 1024 // T)
+    transcoder = Transcoder(model.config.n_layer, model.config.n_embd, args.features, args.k, args.activation,
+                            torch.Generator().manual_seed(args.seed)).to(args.device)
+    optimizer = torch.optim.Adam(transcoder.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    sites = mlp_sites(model, batch(tokens, T, 0, 8 * B, args.seed)[0].to(args.device))
+    with torch.no_grad():
+        for l in range(model.config.n_layer):
+            transcoder.in_scale[l] = sites.inputs[l].square().mean().rsqrt()
+            transcoder.out_scale[l] = sites.outputs[l].square().mean().rsqrt()
+        scaled = [y.flatten(0, 1) * scale for y, scale in zip(sites.outputs, transcoder.out_scale)]
+        transcoder.decoder_bias.copy_(torch.stack([y.mean(0) for y in scaled]))
+        variance = torch.stack([y.var(0).mean() for y in scaled])                    # (L)
+    begun, rows, idle = 0, [], torch.zeros(model.config.n_layer, args.features, device=args.device)
+    if os.path.exists(path):
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        transcoder.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        begun, rows, idle, variance = (saved[name] for name in ("step", "rows", "idle", "variance"))
+    for step in tqdm(range(begun, args.steps), initial=begun, total=args.steps, desc="transcoder"):
+        sites = mlp_sites(model, batch(tokens, T, step * B, B, args.seed)[0].to(args.device))
+        loss, active = loss_of(transcoder, sites, variance, idle > SLEEPS, args.sparsity)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}\n"
+                                     "start anew, in another --out, with a lower --lr")
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        idle = torch.where(active, 0.0, idle + 1)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+            rows.append({"step": step + 1, "loss": loss.item(), "asleep": (idle > SLEEPS).double().mean().item()})
+            write_csv(os.path.join(args.out, "log.csv"), rows)
+            with replacing(path) as temporary:
+                torch.save({"model": transcoder.state_dict(), "options": transcoder.options, "step": step + 1,
+                            "optimizer": optimizer.state_dict(), "rows": rows, "idle": idle, "variance": variance},
+                           temporary)
+    return transcoder
+
+
+def load_transcoder(folder):
+    """The Transcoder that a run has left in its folder."""
+    saved = torch.load(os.path.join(folder, "last.pt"), map_location="cpu", weights_only=True)
+    transcoder = Transcoder(**saved["options"])
+    transcoder.load_state_dict(saved["model"])
+    return transcoder
+
+
+@torch.no_grad()
+def quality(model, transcoder, tokens, windows, device):
+    """How good it is on `windows` validation windows: explained variance by layer (L), share of features that are never
+    active, active features a token and layer, and the CE of the model, with features, and with means for MLPs."""
+    T, L = model.config.block_size, model.config.n_layer
+    starts = np.linspace(0, (len(tokens) - 1) // T - 1, windows).astype(int) * T
+    rows = torch.stack([window(tokens, s, T) for s in starts]).to(device)            # (N,T+1)
+    idx, targets = rows[:, :-1], rows[:, 1:]
+    sites = mlp_sites(model, idx)
+    features = [transcoder.encode(l, x) for l, x in enumerate(sites.inputs)]
+    means = [y.mean((0, 1)) for y in sites.outputs]
+    missed = [(y - guess).square().sum() for y, guess in zip(sites.outputs, transcoder.decode(features))]
+    spread = [(y - mean).square().sum() for y, mean in zip(sites.outputs, means)]
+    found = []
+
+    def features_for_mlp(l, x):
+        found[l:] = [transcoder.encode(l, x)]
+        return transcoder.scaled_output(l, found) / transcoder.out_scale[l]
+
+    def ce(mlp):
+        return cross_entropy(model.unembed(mlp_sites(model, idx, mlp).last), targets).item()
+
+    active = torch.stack([a > 0 for a in features])                                  # (L,N,T,F)
+    ces = {"ce": ce(None), "ce_features": ce(features_for_mlp), "ce_means": ce(lambda l, x: means[l].expand_as(x))}
+    return {"explained": [1 - (a / b).item() for a, b in zip(missed, spread)],
+            "dead": 1 - active.flatten(1, 2).any(1).double().mean().item(),
+            "active": active.double().sum(-1).mean().item(), **ces,
+            "recovered": (ces["ce_means"] - ces["ce_features"]) / (ces["ce_means"] - ces["ce"])}
+
+
+def run(args):
+    make_folder(args.out)
+    options, path = {**vars(args), "model": os.path.abspath(args.model)}, os.path.join(args.out, "args.json")
+    if os.path.exists(path):
+        before = read_json(path)
+        differ = [name for name in options if name != "out" and before.get(name) != options[name]]
+        if differ:
+            raise UserError(f"{args.out} holds a run with other {', '.join(differ)}\npass another --out")
+    write_json(path, options)
+    args.device = pick_device(args.device)
+    model = load_model(args.model).to(args.device).requires_grad_(False)
+    train_tokens, val_tokens, _ = load_data(args.data, encoding_of(model))
+    if min(len(train_tokens), len(val_tokens)) <= model.config.block_size:
+        raise UserError(f"{args.data} has too few tokens for windows of {model.config.block_size}\npass more text")
+    transcoder = train(model, train_tokens, args)
+    found = quality(model, transcoder, val_tokens, args.windows, args.device)
+    explained = "  ".join(f"{x:.3f}" for x in found["explained"])
+    print(f"explained variance by layer    {explained}\n"
+          f"active features                {found['active']:.1f} of {args.features} a token and layer, "
+          f"{found['dead']:.1%} never\n"
+          f"CE of the model                {found['ce']:.4f}\n"
+          f"with features for its MLPs     {found['ce_features']:.4f}    {found['recovered']:.1%} of the gap recovered\n"
+          f"with their means for its MLPs  {found['ce_means']:.4f}")
+    write_json(os.path.join(args.out, "summary.json"), found)
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python -m extras.transcoder --model A --data stdlib [options]",
+                                     description="A cross-layer transcoder: sparse features in place of all MLPs.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
+    parser.add_argument("--data", required=True, help="as --data of train.py")
+    for name, kind, default, about in (
+        ("--out", str, "runs/transcoder", "folder of the run"),
+        ("--features", between(int, 1, 2**20), 1024, "of each layer"),
+        ("--k", between(int, 1, 2**20), 16, "features that are active for one token"),
+        ("--sparsity", between(float, 0.0, 1.0), 0.01, "with --activation jump: the price of an active feature"),
+        ("--steps", between(int, 1, 10**7), 2000, "of 1,024 tokens each"),
+        ("--lr", between(float, 1e-9, 1.0), 2e-3, "peak learning rate"),
+        ("--windows", between(int, 1, 10**6), 64, "validation windows that its quality is measured on"),
+        ("--seed", between(int, 0, 2**31), 0, "of weights and batches"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=about)
+    parser.add_argument("--activation", choices=("topk", "jump"), default="topk", help="which features are active")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="cuda if there is one, else cpu")
+    try:
+        run(parser.parse_args())
+    except (UserError, FloatingPointError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

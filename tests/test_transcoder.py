@@ -1,0 +1,149 @@
+"""extras/transcoder.py against loops, a finite difference, and a small training that is stopped and resumed."""
+import json
+
+import pytest
+import torch
+
+from extras import transcoder as X
+from model import GPT, GPTConfig
+from support.weights import save_checkpoint
+
+
+def random_transcoder(activation="topk", **sizes):
+    torch.manual_seed(2)
+    made = X.Transcoder(**{**dict(layers=3, width=6, features=7, k=2, activation=activation), **sizes}).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        made.in_scale.uniform_(0.5, 2)
+        made.out_scale.uniform_(0.5, 2)
+    return made
+
+
+@pytest.mark.parametrize("activation", ["topk", "jump"])
+def test_features_and_outputs_by_hand(activation):
+    made, x = random_transcoder(activation), torch.randn(3, 5, 6, dtype=torch.float64)    # (L,T,C)
+    features = [made.encode(l, x[l]) for l in range(3)]
+    outputs = made.decode(features)
+    for t in range(5):
+        for l in range(3):
+            h = [(made.encoder[l, f] @ x[l, t] * made.in_scale[l] + made.encoder_bias[l, f]).item() for f in range(7)]
+            if activation == "topk":
+                best = sorted(h)[-2:]
+                expected = [v if v in best and v > 0 else 0 for v in h]
+            else:
+                expected = [v if v > made.log_threshold[l, f].exp() else 0 for f, v in enumerate(h)]
+            assert features[l][t].tolist() == pytest.approx(expected)
+            direction, constant = made.reader(l, 3)
+            assert (direction @ x[l, t] + constant).item() == pytest.approx(h[3])
+        for m in range(3):
+            y = made.constant(m) + sum(features[l][t, f] * made.vectors(l, f)[m - l]
+                                       for l in range(m + 1) for f in range(7))
+            torch.testing.assert_close(outputs[m][t], y)
+    assert [len(made.vectors(l, 0)) for l in range(3)] == [3, 2, 1]
+    assert sum((a > 0).sum() for a in features) > 5
+
+
+def test_the_sites_are_the_models_own():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12, gated=True)).eval()
+    idx = torch.randint(11, (2, 8))
+    sites = X.mlp_sites(model, idx)
+    torch.testing.assert_close(model.unembed(sites.last), model(idx).logits)
+    x = model.embed(idx)
+    for l, block in enumerate(model.h):
+        torch.testing.assert_close(sites.before[l], x)
+        x = x + block.attn(block.ln_1(x))[0]
+        torch.testing.assert_close(sites.between[l], x)
+        torch.testing.assert_close(sites.outputs[l], block.mlp(block.ln_2(x)))
+        x = x + sites.outputs[l]
+    nothing = X.mlp_sites(model, idx, lambda l, x: torch.zeros_like(x))
+    assert all(y.eq(0).all() for y in nothing.outputs) and not torch.equal(nothing.last, sites.last)
+
+
+def test_the_loss_by_hand():
+    """Nothing asleep: the plain sum of shares of variance. With a sleeper: a little more, and a gradient for it."""
+    made = random_transcoder()
+    sites = X.Sites([], [], *(list(torch.randn(3, 2, 5, 6, dtype=torch.float64)) for _ in range(2)), None)
+    variance, asleep = torch.tensor([0.5, 1.0, 2.0]), torch.zeros(3, 7, dtype=torch.bool)
+    loss, active = X.loss_of(made, sites, variance, asleep, 0.0)
+    features = [made.encode(l, x) for l, x in enumerate(sites.inputs)]
+    expected = sum((((y - guess) * scale) ** 2).mean() / v for y, guess, scale, v in
+                   zip(sites.outputs, made.decode(features), made.out_scale, variance))
+    assert loss.item() == pytest.approx(expected.item())
+    assert torch.equal(active, torch.stack([(a > 0).any(0).any(0) for a in features]))
+    l, f = (~active).nonzero()[0].tolist() if (~active).any() else (0, 0)
+    asleep[l, f] = True
+    with torch.no_grad():
+        made.encoder_bias[l, f] = 0.01 - made.before(l, sites.inputs[l])[..., f].max() + made.encoder_bias[l, f]
+    more, active = X.loss_of(made, sites, variance, asleep, 0.0)    # above 0 once, but among the top two?
+    gradient, = torch.autograd.grad(more, made.encoder)
+    assert gradient[l, f].abs().max() > 0
+
+
+def test_the_threshold_of_jump_relu_has_the_gradient_of_a_smoothed_step():
+    """On average over h evenly spread around it, the gradient is that of the share above the threshold."""
+    threshold = torch.tensor([0.4, 0.7], dtype=torch.float64, requires_grad=True)
+    h = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:, None].expand(-1, 2)
+    X.Jump.apply(h, threshold).mean(0).sum().backward()
+    assert threshold.grad.tolist() == pytest.approx([-1, -1], rel=1e-3)    # d/dt of 1 - t
+    assert X.Jump.apply(h, threshold).mean(0).tolist() == pytest.approx([0.6, 0.3], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "text.txt").write_text("\n\n\n".join(f"the cat sat on mat {n} and saw {n} hats" for n in range(400)))
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, gated=True),
+                generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6 if p.ndim == 2 else 1)
+    save_checkpoint(model, folder / "model.pt")
+    return folder
+
+
+def command(tiny, monkeypatch, out, *more):
+    monkeypatch.setenv("TORCH_HOME", str(tiny / "home"))
+    monkeypatch.setattr("sys.argv", ["transcoder", "--model", str(tiny / "model.pt"), "--data", str(tiny / "text.txt"),
+                                     "--features", "40", "--k", "6", "--steps", "60", "--windows", "8", "--device",
+                                     "cpu", "--out", str(out), *more])
+    X.main()
+
+
+def test_the_command_learns_and_says_how_well(tiny, tmp_path, monkeypatch, capsys):
+    command(tiny, monkeypatch, tmp_path / "a", "--steps", "300")
+    found, printed = json.loads((tmp_path / "a" / "summary.json").read_text()), capsys.readouterr().out
+    model, made = GPT.from_pretrained(tiny / "model.pt"), X.load_transcoder(str(tmp_path / "a"))
+    _, val, _ = X.load_data(str(tiny / "text.txt"), X.encoding_of(model))
+    before = X.quality(model, X.Transcoder(2, 16, 40, 6), val, 8, "cpu")
+    assert min(found["explained"]) > max(before["explained"]) and found["explained"][0] > 0.3
+    again = X.quality(model, made, val, 8, "cpu")
+    assert again == pytest.approx(found)
+    assert found["recovered"] == pytest.approx((found["ce_means"] - found["ce_features"]) / (found["ce_means"] - found["ce"]))
+    assert f"{found['ce']:.4f}" in printed and 0 <= found["dead"] < 1 and found["active"] <= 6
+    lines = (tmp_path / "a" / "log.csv").read_text().splitlines()
+    assert lines[0] == "step,loss,asleep" and [line.split(",")[0] for line in lines[1:]] == ["100", "200", "300"]
+
+
+def test_stopped_and_resumed_is_as_if_never_stopped(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(X, "SAVE_EVERY", 20)
+    command(tiny, monkeypatch, tmp_path / "whole")
+    step = torch.optim.Adam.step
+    calls = []
+
+    def stopping(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 31:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        command(tiny, monkeypatch, tmp_path / "parts")
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    command(tiny, monkeypatch, tmp_path / "parts")
+    for name in ("log.csv", "summary.json"):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    with pytest.raises(SystemExit) as stopped:
+        command(tiny, monkeypatch, tmp_path / "whole", "--lr", "0.1")
+    assert stopped.value.code == 2 and "holds a run with other lr\npass another --out" in capsys.readouterr().err
