@@ -46,7 +46,8 @@ class Graph(NamedTuple):
 class Frozen:
     """The run of a model on tokens (T), of which only the stream can still change, and the nodes that make it up."""
 
-    def __init__(self, model, transcoder, tokens, target, against=None):
+    def __init__(self, model, transcoder, tokens, target=None, against=None):
+        """target, against: see attribution_graph."""
         self.model, self.transcoder = model.eval(), transcoder
         L, C, T = model.config.n_layer, model.config.n_embd, len(tokens)
         with torch.no_grad():
@@ -60,6 +61,7 @@ class Frozen:
             errors = torch.stack(sites.outputs)[:, 0] - torch.stack(transcoder.decode(features))           # (L,T,C)
             positions = model.wpe.weight[:T] if hasattr(model, "wpe") else None
             head = getattr(model, "lm_head", model.wte).weight                       # (V,C)
+            target = model.unembed(sites.last[0, -1]).argmax().item() if target is None else target
             self.unembedding = head[target] - (head.mean(0) if against is None else head[against])
             self.nodes, writes = [], []
 
@@ -138,9 +140,9 @@ def frozen_norm(norm, scale, x, bias):
     return x + norm.bias if bias and getattr(norm, "bias", None) is not None else x
 
 
-def attribution_graph(model, transcoder, tokens, target, against=None):
-    """The Graph of one prompt, tokens (T), for the logit of the token `target` after it, less that of `against` or the
-    mean logit. One backward pass for each feature that is active, and one for the logit."""
+def attribution_graph(model, transcoder, tokens, target=None, against=None):
+    """The Graph of one prompt, tokens (T), for the logit of the token `target` after it (default: the likeliest), less
+    that of the token `against` or the mean logit. One backward pass for each feature that is active, and one for the logit."""
     frozen = Frozen(model, transcoder, tokens, target, against)
     S = len(frozen.nodes)
     graph = Graph(frozen.nodes, *(frozen.writes.new_zeros(shape) for shape in ((S, S), S, S)))
@@ -159,12 +161,11 @@ def attribution_graph(model, transcoder, tokens, target, against=None):
     return graph
 
 
-def attention_split(model, transcoder, tokens, source, target, of=None, against=None):
+def attention_split(model, transcoder, tokens, source, target, against=None):
     """(20) for one edge of the graph, nodes as it names them: {layer: (carried (H,T,T) from key j to query i at
-    [h,i,j], bypass, a number)} for each layer between them: carried.sum() + bypass is the edge.
-
-    of, against: as target and against of attribution_graph, where the target of the edge is a feature."""
-    frozen = Frozen(model, transcoder, tokens, target.index if target.kind == "logit" else of, against)
+    [h,i,j], bypass, a number)} for each layer between them: carried.sum() + bypass is the edge. against: the graph's.
+    """
+    frozen = Frozen(model, transcoder, tokens, target.index if target.kind == "logit" else None, against)
     s, between = frozen.nodes.index(source), {}
     with torch.enable_grad():
         written = frozen.written([s]).requires_grad_()
@@ -188,7 +189,7 @@ def attention_split(model, transcoder, tokens, source, target, of=None, against=
 def score_split(model, transcoder, tokens, layer, head, i, j):
     """Which pair of nodes opens an edge: the score s_ij of a head, (S,S), from node of the query to node of the key;
     the last row and column are the biases (the target logit, which writes nothing, has their place). Sums to s_ij."""
-    frozen = Frozen(model, transcoder, tokens, 0)
+    frozen = Frozen(model, transcoder, tokens)
     S, attn, norm = len(frozen.nodes), model.h[layer].attn, model.h[layer].ln_1
     written = torch.stack([frozen.written([n]) for n in range(S - 1)], 1)            # (L+1,S-1,T,C)
     sides = []

@@ -28,8 +28,9 @@ from tqdm import tqdm
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
 from support.data import batch, load as load_data, window
-from support.files import UserError, between, make_folder, pick_device, read_json, replacing, write_csv, write_json
+from support.files import UserError, between, first_line, make_folder, pick_device, read_json, replacing, write_csv, write_json
 from support.losses import cross_entropy
+from support.weights import BAD_PICKLE
 
 SLEEPS = 100       # steps without being active after which a feature is helped
 HELPERS = 64       # sleeping features that try to explain what is missed
@@ -76,17 +77,18 @@ class Jump(torch.autograd.Function):
 
 
 class Transcoder(nn.Module):
-    """(16) and (17). activation: "topk", k features a token and layer, or "jump", those above a learned threshold."""
+    """(16) and (17). activation: "topk", k features a token and layer, or "jump", those above a learned threshold.
+    cross: False lets a feature write to its own layer's output only, which makes it an ordinary transcoder a layer."""
 
-    def __init__(self, layers, width, features=1024, k=16, activation="topk", generator=None):
+    def __init__(self, layers, width, features=1024, k=16, activation="topk", cross=True, generator=None):
         super().__init__()
-        self.options = dict(layers=layers, width=width, features=features, k=k, activation=activation)
+        self.options = dict(layers=layers, width=width, features=features, k=k, activation=activation, cross=cross)
         self.k, self.activation = k, activation
         decoders = torch.randn(layers, features, width, generator=generator) / math.sqrt(width)
         self.encoder = nn.Parameter(decoders.clone())                                # (L,F,C)
         self.encoder_bias = nn.Parameter(torch.zeros(layers, features))
-        self.decoder = nn.ParameterList(    # of layer l: (L-l,F,C), to the layers l, l + 1, ...
-            decoders[l].repeat(layers - l, 1, 1) / layers for l in range(layers))
+        self.decoder = nn.ParameterList(    # of layer l: (L-l,F,C), to the layers l, l + 1, ..., or (1,F,C)
+            decoders[l].repeat(layers - l if cross else 1, 1, 1) / layers for l in range(layers))
         self.decoder_bias = nn.Parameter(torch.zeros(layers, width))
         self.log_threshold = nn.Parameter(torch.full((layers, features), math.log(0.3)), activation == "jump")
         self.register_buffer("in_scale", torch.ones(layers))                         # inputs times this have size 1
@@ -110,7 +112,8 @@ class Transcoder(nn.Module):
 
     def scaled_output(self, m, features):
         """(17) in units of out_scale, from features (...,F) of the layers up to m."""
-        return sum(a @ self.decoder[l][m - l] for l, a in enumerate(features[:m + 1])) + self.decoder_bias[m]
+        return self.decoder_bias[m] + sum(a @ self.decoder[l][m - l] for l, a in enumerate(features[:m + 1])
+                                          if m - l < len(self.decoder[l]))
 
     def decode(self, features):
         """Features of all layers, L of (...,F) -> L of (...,C), what the MLPs write."""
@@ -121,8 +124,9 @@ class Transcoder(nn.Module):
         return self.encoder[l, f] * self.in_scale[l], self.encoder_bias[l, f]
 
     def vectors(self, l, f):
-        """What one unit of a feature adds to the outputs of the MLPs l, l + 1, ...: (L-l,C)."""
-        return self.decoder[l][:, f] / self.out_scale[l:, None]
+        """What one unit of a feature adds to the outputs of the MLPs l, l + 1, ...: (L-l,C), or only of l: (1,C)."""
+        written = self.decoder[l][:, f]
+        return written / self.out_scale[l:l + len(written), None]
 
     def constant(self, m):
         """What is added to the output of MLP m without any feature: (C)."""
@@ -159,7 +163,7 @@ def train(model, tokens, args):
     T, path = model.config.block_size, os.path.join(args.out, "last.pt")
     B = max(1, 1024 // T)
     transcoder = Transcoder(model.config.n_layer, model.config.n_embd, args.features, args.k, args.activation,
-                            torch.Generator().manual_seed(args.seed)).to(args.device)
+                            not args.per_layer, torch.Generator().manual_seed(args.seed)).to(args.device)
     optimizer = torch.optim.Adam(transcoder.parameters(), lr=args.lr, betas=(0.9, 0.99))
     sites = mlp_sites(model, batch(tokens, T, 0, 8 * B, args.seed)[0].to(args.device))
     with torch.no_grad():
@@ -197,10 +201,19 @@ def train(model, tokens, args):
     return transcoder
 
 
-def load_transcoder(folder):
-    """The Transcoder that a run has left in its folder."""
-    saved = torch.load(os.path.join(folder, "last.pt"), map_location="cpu", weights_only=True)
-    transcoder = Transcoder(**saved["options"])
+def load_transcoder(folder, model):
+    """The Transcoder that a run has left in its folder, if it fits the model."""
+    path = os.path.join(folder, "last.pt")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        transcoder = Transcoder(**saved["options"])
+    except BAD_PICKLE as error:
+        raise UserError(f"{path} holds no transcoder\n{first_line(error)}") from error
+    sizes, wanted = ([options[name] for name in ("layers", "width")] for options in (
+        saved["options"], {"layers": model.config.n_layer, "width": model.config.n_embd}))
+    if sizes != wanted:
+        raise UserError(f"{folder} is the transcoder of another model: {sizes[0]} layers of width {sizes[1]}, not "
+                        f"{wanted[0]} of {wanted[1]}\ntrain one with python -m extras.transcoder --model ...")
     transcoder.load_state_dict(saved["model"])
     return transcoder
 
@@ -278,6 +291,7 @@ def main():
         ("--seed", between(int, 0, 2**31), 0, "of weights and batches"),
     ):
         parser.add_argument(name, type=kind, default=default, help=about)
+    parser.add_argument("--per-layer", action="store_true", help="features write to their own layer only")
     parser.add_argument("--activation", choices=("topk", "jump"), default="topk", help="which features are active")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="cuda if there is one, else cpu")
     try:

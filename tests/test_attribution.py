@@ -17,11 +17,11 @@ TOKENS = torch.tensor([3, 7, 1, 10, 3])
 ALL = pytest.mark.parametrize("kind", MODELS)
 
 
-def example(kind, activation="topk"):
+def example(kind, activation="topk", cross=True):
     """A model and a transcoder with random weights, large enough that norms, gates and biases matter."""
     torch.manual_seed(5)
     model = MODELS[kind]().double().eval().requires_grad_(False)
-    transcoder = Transcoder(3, 12, features=9, k=3, activation=activation).double().requires_grad_(False)
+    transcoder = Transcoder(3, 12, features=9, k=3, activation=activation, cross=cross).double().requires_grad_(False)
     for p in [*model.parameters(), *transcoder.parameters()]:
         p.add_(0.4 * torch.randn_like(p))
     transcoder.in_scale.uniform_(0.5, 2)
@@ -39,9 +39,9 @@ def pre_activations(model, transcoder):
 
 
 @ALL
-@pytest.mark.parametrize("activation", ["topk", "jump"])
-def test_what_enters_a_node_adds_up_to_its_value(kind, activation):
-    model, transcoder = example(kind, activation)
+@pytest.mark.parametrize("activation, cross", [("topk", True), ("jump", True), ("topk", False)])
+def test_what_enters_a_node_adds_up_to_its_value(kind, activation, cross):
+    model, transcoder = example(kind, activation, cross)
     graph = A.attribution_graph(model, transcoder, TOKENS, 4)
     logits = model(TOKENS[None]).logits[0, -1]
     expected = pre_activations(model, transcoder)
@@ -55,6 +55,7 @@ def test_what_enters_a_node_adds_up_to_its_value(kind, activation):
     kinds = [n.kind for n in graph.nodes]
     assert kinds.count("embedding") == 5 and kinds.count("error") == 15
     assert kinds.count("position") == (5 if kind == "gpt" else 0)
+    assert A.attribution_graph(model, transcoder, TOKENS).nodes[-1].index == logits.argmax()
     pair = A.attribution_graph(model, transcoder, TOKENS, 4, against=9)
     assert pair.value[-1].item() == pytest.approx((logits[4] - logits[9]).item(), abs=1e-9)
 
@@ -86,7 +87,7 @@ def test_heads_keys_and_bypass_add_up_to_the_edge(kind):
               if graph.nodes[s].position < graph.nodes[t].position][::7]
     for s, t in chosen + [(0, len(graph.nodes) - 1)]:
         source, target = graph.nodes[s], graph.nodes[t]
-        split = A.attention_split(model, transcoder, TOKENS, source, target, of=4)
+        split = A.attention_split(model, transcoder, TOKENS, source, target)
         for m, (carried, bypass) in split.items():
             assert carried.shape == (2, 5, 5) and carried[maps[m] == 0].eq(0).all()    # a closed gate, or a later key
             assert carried.sum().item() + bypass == pytest.approx(graph.edges[s, t].item(), abs=1e-9)
@@ -106,7 +107,7 @@ def test_with_every_gate_shut_all_passes_by():
     s = next(i for i, n in enumerate(closed.nodes) if n.kind == "feature" and n.layer == 0)
     for t, node in enumerate(closed.nodes):
         if node.kind == "feature" and node.layer > 0:
-            for carried, bypass in A.attention_split(model, transcoder, TOKENS, closed.nodes[s], node, of=4).values():
+            for carried, bypass in A.attention_split(model, transcoder, TOKENS, closed.nodes[s], node).values():
                 assert carried.eq(0).all() and bypass == pytest.approx(closed.edges[s, t].item(), abs=1e-9)
             assert node.position == closed.nodes[s].position or closed.edges[s, t] == 0
 
@@ -120,7 +121,7 @@ def test_the_split_of_a_score_sums_to_it(kind):
         q, k, _ = block.attn.heads(block.ln_1(x[layer]))
         score = (q[0, head, i] @ k[0, head, j] / math.sqrt(6)).item()
         split = A.score_split(model, transcoder, TOKENS, layer, head, i, j)
-        nodes = A.Frozen(model, transcoder, TOKENS, 0).nodes
+        nodes = A.Frozen(model, transcoder, TOKENS).nodes
         assert split.shape == (len(nodes), len(nodes)) and split.sum().item() == pytest.approx(score, abs=1e-9)
         late = [n for n, node in enumerate(nodes[:-1]) if node.kind in ("feature", "error") and node.layer >= layer]
         assert split[late].eq(0).all() and split[:, late].eq(0).all() and late

@@ -6,6 +6,7 @@ import torch
 
 from extras import transcoder as X
 from model import GPT, GPTConfig
+from support.files import UserError
 from support.weights import save_checkpoint
 
 
@@ -20,9 +21,9 @@ def random_transcoder(activation="topk", **sizes):
     return made
 
 
-@pytest.mark.parametrize("activation", ["topk", "jump"])
-def test_features_and_outputs_by_hand(activation):
-    made, x = random_transcoder(activation), torch.randn(3, 5, 6, dtype=torch.float64)    # (L,T,C)
+@pytest.mark.parametrize("activation, cross", [("topk", True), ("jump", True), ("topk", False)])
+def test_features_and_outputs_by_hand(activation, cross):
+    made, x = random_transcoder(activation, cross=cross), torch.randn(3, 5, 6, dtype=torch.float64)    # (L,T,C)
     features = [made.encode(l, x[l]) for l in range(3)]
     outputs = made.decode(features)
     for t in range(5):
@@ -38,9 +39,9 @@ def test_features_and_outputs_by_hand(activation):
             assert (direction @ x[l, t] + constant).item() == pytest.approx(h[3])
         for m in range(3):
             y = made.constant(m) + sum(features[l][t, f] * made.vectors(l, f)[m - l]
-                                       for l in range(m + 1) for f in range(7))
+                                       for l in range(0 if cross else m, m + 1) for f in range(7))
             torch.testing.assert_close(outputs[m][t], y)
-    assert [len(made.vectors(l, 0)) for l in range(3)] == [3, 2, 1]
+    assert [len(made.vectors(l, 0)) for l in range(3)] == ([3, 2, 1] if cross else [1, 1, 1])
     assert sum((a > 0).sum() for a in features) > 5
 
 
@@ -113,7 +114,7 @@ def command(tiny, monkeypatch, out, *more):
 def test_the_command_learns_and_says_how_well(tiny, tmp_path, monkeypatch, capsys):
     command(tiny, monkeypatch, tmp_path / "a", "--steps", "300")
     found, printed = json.loads((tmp_path / "a" / "summary.json").read_text()), capsys.readouterr().out
-    model, made = GPT.from_pretrained(tiny / "model.pt"), X.load_transcoder(str(tmp_path / "a"))
+    model, made = GPT.from_pretrained(tiny / "model.pt"), X.load_transcoder(str(tmp_path / "a"), GPT.from_pretrained(tiny / "model.pt"))
     _, val, _ = X.load_data(str(tiny / "text.txt"), X.encoding_of(model))
     before = X.quality(model, X.Transcoder(2, 16, 40, 6), val, 8, "cpu")
     assert min(found["explained"]) > max(before["explained"]) and found["explained"][0] > 0.3
@@ -147,3 +148,15 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:
         command(tiny, monkeypatch, tmp_path / "whole", "--lr", "0.1")
     assert stopped.value.code == 2 and "holds a run with other lr\npass another --out" in capsys.readouterr().err
+
+
+def test_what_is_no_transcoder_of_the_model_is_told(tmp_path):
+    other = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12))
+    made = X.Transcoder(3, 12, 8)
+    torch.save({"model": made.state_dict(), "options": made.options}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="another model: 3 layers of width 12, not 2 of 12\ntrain one"):
+        X.load_transcoder(str(tmp_path), other)
+    (tmp_path / "last.pt").write_bytes(b"PK")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="holds no transcoder"):
+            X.load_transcoder(str(folder), other)
