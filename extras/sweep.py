@@ -23,7 +23,7 @@ TOY = "toy_addition.py"
 SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 1000 --steps 400 --device cpu"
 SWEEPS = {    # command, option, its values; the one in brackets is the command's own
     "bias": (TOY, "--gate-bias", ("[0]", "1", "2", "4")),
-    "tau": (TOY, "--tau", ("0.003", "[0.01]", "0.03")),
+    "tau": (TOY, "--tau", ("0.001", "[0.003]", "0.01")),
     "rate": (TOY, "--rate", ("0.025", "[0.1]", "0.4")),
     "start": (TOY, "--dense-steps", ("1", "[8000]")),    # gates from the first step on, or afterwards
     "distill": (SMALL_GPT, "--distill", ("[0]", "1")),
