@@ -243,7 +243,8 @@ def test_training_finds_the_edges_of_a_task_whose_edges_are_known():
     found = toy.evaluate(model, idx, targets)
     assert toy.meets_constraint(found, 0.01) and found["active"] < 15
     assert [row["step"] for row in history if "active" in row] == [250, 500]
-    assert found == pytest.approx({name: history[-1][name] for name in found})
+    evaluations = [row for row in history if "active" in row and toy.meets_constraint(row, 0.01)]
+    assert found == pytest.approx({name: min(evaluations, key=lambda row: row["active"])[name] for name in found})
     open_in_most = (model.attention_maps(idx[::97]) > 0).float().mean(1).amax((0, 1)) > 0.5    # (T,T)
     assert all(open_in_most[slot, digit] for slot, digit in ((6, 0), (7, 1), (8, 4)))
 
