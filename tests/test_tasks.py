@@ -72,7 +72,7 @@ def test_greater_than(gpt2):
         p = logits[0, -1].double().softmax(0)
         expected = sum((1 if y > int(year) else -1) * p[gpt2.encode(f"{y:02d}")[0]].item() for y in range(100))
         one = tasks.select(clean, corrupt, metric, torch.tensor([n]))[2]
-        assert one(logits).item() == pytest.approx(expected, abs=1e-5)
+        assert one(logits).item() == pytest.approx(expected, abs=5e-4)    # float32: a sum over 50,257, in any order
     assert len({good.split()[0] for good in texts(gpt2, clean)}) == 3
 
 
