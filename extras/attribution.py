@@ -94,13 +94,16 @@ class Frozen:
             total[:, self.nodes[n].position] += self.writes[n]
         return total
 
+    def heads(self, l, x, bias):
+        """q, k and v of layer l, (N,H,T,D) each, from the stream x (...,T,C)."""
+        block = self.model.h[l]
+        y = frozen_norm(block.ln_1, self.before[l], x, bias).reshape(-1, *x.shape[-2:])                    # (N,T,C)
+        found = block.attn.heads(y)
+        return found if bias else [t - zero for t, zero in zip(found, block.attn.heads(torch.zeros_like(y[:1])))]
+
     def attention(self, l, x, bias):
         """What layer l's attention adds to the stream x (...,T,C), through the frozen pattern."""
-        attn = self.model.h[l].attn
-        y = frozen_norm(self.model.h[l].ln_1, self.before[l], x, bias).reshape(-1, *x.shape[-2:])          # (N,T,C)
-        v = attn.heads(y)[2]                                                         # (N,H,T,D)
-        v = v if bias else v - attn.heads(torch.zeros_like(y))[2]
-        z = self.patterns[l] @ v
+        attn, z = self.model.h[l].attn, self.patterns[l] @ self.heads(l, x, bias)[2]                       # (N,H,T,D)
         out = attn.project(z)
         return (out if bias else out - attn.project(torch.zeros_like(z))).view(x.shape)
 
@@ -142,7 +145,7 @@ def frozen_norm(norm, scale, x, bias):
 
 def attribution_graph(model, transcoder, tokens, target=None, against=None):
     """The Graph of one prompt, tokens (T), for the logit of the token `target` after it (default: the likeliest), less
-    that of the token `against` or the mean logit. One backward pass for each feature that is active, and one for the logit."""
+    that of the token `against` or the mean logit. One backward pass for each active feature, and one for the logit."""
     frozen = Frozen(model, transcoder, tokens, target, against)
     S = len(frozen.nodes)
     graph = Graph(frozen.nodes, *(frozen.writes.new_zeros(shape) for shape in ((S, S), S, S)))
@@ -176,10 +179,9 @@ def attention_split(model, transcoder, tokens, source, target, against=None):
     later = (gradient * written).sum((1, 2)).detach()                                # (L+1) what each write adds
     first = source.layer + (source.kind in ("feature", "error"))
     for m in range(first, min(target.layer + 1, model.config.n_layer)):
-        attn, sigma, gamma = model.h[m].attn, before[m].detach(), behind[m]
-        y = frozen_norm(model.h[m].ln_1, frozen.before[m], sigma, LINEAR)[None]
-        v = (attn.heads(y)[2] - attn.heads(torch.zeros_like(y))[2])[0]               # (H,T,D)
-        g = (gamma @ attn.c_proj.weight).unflatten(1, (len(v), -1)).transpose(0, 1)  # (H,T,D)
+        sigma, gamma = before[m].detach(), behind[m]
+        v = frozen.heads(m, sigma, LINEAR)[2][0]                                     # (H,T,D)
+        g = (gamma @ model.h[m].attn.c_proj.weight).unflatten(1, (len(v), -1)).transpose(0, 1)  # (H,T,D)
         carried = frozen.patterns[m] * torch.einsum("hid,hjd->hij", g, v)
         between[m] = carried.detach(), ((gamma * sigma).sum() + later[m + 1:].sum()).item()
     return between
@@ -190,14 +192,11 @@ def score_split(model, transcoder, tokens, layer, head, i, j):
     """Which pair of nodes opens an edge: the score s_ij of a head, (S,S), from node of the query to node of the key;
     the last row and column are the biases (the target logit, which writes nothing, has their place). Sums to s_ij."""
     frozen = Frozen(model, transcoder, tokens)
-    S, attn, norm = len(frozen.nodes), model.h[layer].attn, model.h[layer].ln_1
+    S = len(frozen.nodes)
     written = torch.stack([frozen.written([n]) for n in range(S - 1)], 1)            # (L+1,S-1,T,C)
     sides = []
     for signal, bias in ((written, LINEAR), (frozen.constant[:, None], WITH_BIAS)):
-        x = frozen_norm(norm, frozen.before[layer], frozen.run(signal, bias, layer)[2][-1], bias)
-        q, k = attn.heads(x)[:2]                                                     # (N,H,T,D)
-        if not bias:
-            q, k = (t - zero for t, zero in zip((q, k), attn.heads(torch.zeros_like(x[:1]))[:2]))
+        q, k, _ = frozen.heads(layer, frozen.run(signal, bias, layer)[2][-1], bias)  # (N,H,T,D)
         sides.append((q[:, head, i], k[:, head, j]))
     q, k = (torch.cat(side) for side in zip(*sides))                                 # (S,D)
     return q @ k.T / math.sqrt(q.shape[1])

@@ -80,7 +80,6 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
         kept_heads = P.share_of_effect(m, m[:, -1])                                   # from no head kept to all
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
         needed = P.heads_needed(shares)
-
         nodes, between_heads = size(P.top_edges(by_edge, needed or 0, model.config), model.config)
 
         def effect_alone(n):    # of the n best edges, as far as they have a score at all
@@ -100,9 +99,9 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
 
 def size(edges, config):
     """Of a circuit (N,S,S), means over pairs: heads and MLPs that hold an edge of it; edges from a head to a head."""
-    inner = edges[:, 1:, :-1]                                                         # without embedding and logits
-    is_head = torch.arange(inner.shape[1]) % (config.n_head + 1) < config.n_head      # heads, then an MLP, layer by layer
-    holds = edges[:, 1:].any(2) | edges[:, :, :-1].any(1)                             # (N,S-1): as source, as destination
+    inner = edges[:, 1:, :-1]    # without embedding and logits
+    is_head = torch.arange(inner.shape[1]) % (config.n_head + 1) < config.n_head    # heads, then an MLP, layer by layer
+    holds = edges[:, 1:].any(2) | edges[:, :, :-1].any(1)    # (N,S-1): as source, as destination
     between_heads = inner & is_head[:, None] & is_head
     return holds.sum(1).double().mean().item(), between_heads.sum((1, 2)).double().mean().item()
 

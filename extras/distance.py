@@ -13,7 +13,6 @@ Shapes: N places, T positions, V vocabulary.
 """
 import argparse
 import dataclasses
-import math
 import os
 
 import numpy as np
@@ -46,8 +45,7 @@ def idle_edges(model, rows):
     """rows (N,T) -> by layer (L): open edges / allowed edges, and those that weigh less than IDLE / open edges."""
     maps = model.eval().attention_maps(rows.to(model.wte.weight.device)).cpu()               # (L,N,H,T,T)
     allowed = len(rows) * allowed_edges(dataclasses.replace(model.config, n_layer=1, block_size=rows.shape[1]))
-    is_open, idle = ((maps > 0) & (maps < most) for most in (math.inf, IDLE))
-    is_open, idle = (found.sum((1, 2, 3, 4)) for found in (is_open, idle))                   # (L)
+    is_open, idle = (found.sum((1, 2, 3, 4)) for found in (maps > 0, (maps > 0) & (maps < IDLE)))      # (L)
     return is_open / allowed, idle / is_open.clamp(min=1)
 
 

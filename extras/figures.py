@@ -68,9 +68,9 @@ def draw_circuits(circuits, L, H, total, title, path):
                 linestyles=np.where(size > 0, "-", "--")))
             ax.scatter(*place.T, s=60, c="white", edgecolors="0.8", zorder=1)
             used = np.union1d(sources, destinations + 1)
-            ax.scatter(*place[used].T, s=330 if len(used) <= NAMED else 60, c="0.85" if len(used) <= NAMED else "0.4",
-                       edgecolors="black", zorder=3)
-            for n in used if len(used) <= NAMED else ():
+            few = len(used) <= NAMED
+            ax.scatter(*place[used].T, s=330 if few else 60, c="0.85" if few else "0.4", edgecolors="black", zorder=3)
+            for n in used if few else ():
                 ax.text(*place[n], names[n], fontsize=7, ha="center", va="center", zorder=4)
             ax.set(xlabel="head", ylabel="layer", title=f"{name}: {len(size):,} of {total:,} edges")
             ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
@@ -89,7 +89,8 @@ def draw_frontier(runs, path):
             for n, ce in enumerate({run[key] for run in runs} - {None}):
                 ax.axhline(ce, color=style, ls="--", label=f"{name}, all edges" if n == 0 else None)
         ax.margins(x=0.15, y=0.15)
-        ax.set(xlabel="active edges (% of the allowed ones, log axis)", ylabel="validation cross-entropy (nats per token)")
+        ax.set(xlabel="active edges (% of the allowed ones, log axis)",
+               ylabel="validation cross-entropy (nats per token)")
         ax.legend(fontsize=8)
 
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
 from support.data import batch, load as load_data, window
-from support.files import UserError, between, first_line, make_folder, pick_device, read_json, replacing, write_csv, write_json
+from support.files import (UserError, between, first_line, make_folder, pick_device, read_json, replacing, write_csv,
+                           write_json)
 from support.losses import cross_entropy
 from support.weights import BAD_PICKLE
 
@@ -50,7 +51,8 @@ class Sites(NamedTuple):
 @torch.no_grad()
 def mlp_sites(model, idx, mlp=None):
     """A run with hard gates on idx (B,T), looked at. mlp(l, x): what stands in for the MLP of layer l."""
-    sites, x = Sites([], [], [], [], model.eval().embed(idx)), model.embed(idx)
+    x = model.eval().embed(idx)
+    sites = Sites([], [], [], [], x)
     for l, block in enumerate(model.h):
         sites.before.append(x)
         x = x + block.attn(block.ln_1(x))[0]
@@ -74,6 +76,12 @@ class Jump(torch.autograd.Function):
         h, threshold = ctx.saved_tensors
         near = ((h - threshold).abs() < WIDTH_OF_JUMP / 2).to(h.dtype)
         return None, (-near / WIDTH_OF_JUMP * gradient).flatten(0, -2).sum(0)
+
+
+def keep_largest(h, k):
+    """h (...,F) -> the same where it is among the k largest of its row and above 0, else 0."""
+    top = h.topk(min(k, h.shape[-1]))
+    return torch.zeros_like(h).scatter(-1, top.indices, top.values.relu())
 
 
 class Transcoder(nn.Module):
@@ -103,8 +111,7 @@ class Transcoder(nn.Module):
         if self.activation == "jump":
             threshold = self.log_threshold[l].exp()
             return h * Jump.apply(h, threshold)
-        top = h.topk(min(self.k, h.shape[-1]))
-        return torch.zeros_like(h).scatter(-1, top.indices, top.values.relu())
+        return keep_largest(h, self.k)
 
     def encode(self, l, x):
         """x (...,C), what MLP l reads -> features (...,F) of layer l."""
@@ -141,15 +148,13 @@ def loss_of(transcoder, sites, variance, asleep, sparsity):
     for l, x in enumerate(sites.inputs):
         pre.append(transcoder.before(l, x))
         features.append(transcoder.activate(l, pre[-1]))
-    helpers = []
-    for l, h in enumerate(pre):
-        top = h.masked_fill(~asleep[l], -math.inf).topk(min(HELPERS, h.shape[-1]))
-        helpers.append(torch.zeros_like(h).scatter(-1, top.indices, top.values.relu()))
-    loss = 0.0
+    loss, any_asleep = 0.0, asleep.any()
+    if any_asleep:
+        helpers = [keep_largest(h.masked_fill(~asleep[l], -math.inf), HELPERS) for l, h in enumerate(pre)]
     for m in range(L):
         missed = sites.outputs[m] * transcoder.out_scale[m] - transcoder.scaled_output(m, features)
         loss = loss + missed.square().mean() / variance[m]
-        if asleep.any():
+        if any_asleep:
             helped = transcoder.scaled_output(m, helpers) - transcoder.decoder_bias[m]
             loss = loss + HELP * (missed.detach() - helped).square().mean() / variance[m]
     if transcoder.activation == "jump":
@@ -256,12 +261,12 @@ def run(args):
         differ = [name for name in options if name != "out" and before.get(name) != options[name]]
         if differ:
             raise UserError(f"{args.out} holds a run with other {', '.join(differ)}\npass another --out")
-    write_json(path, options)
     args.device = pick_device(args.device)
     model = load_model(args.model).to(args.device).requires_grad_(False)
     train_tokens, val_tokens, _ = load_data(args.data, encoding_of(model))
     if min(len(train_tokens), len(val_tokens)) <= model.config.block_size:
         raise UserError(f"{args.data} has too few tokens for windows of {model.config.block_size}\npass more text")
+    write_json(path, options)    # after what may be a mistake: the line put right may use the same folder
     transcoder = train(model, train_tokens, args)
     found = quality(model, transcoder, val_tokens, args.windows, args.device)
     explained = "  ".join(f"{x:.3f}" for x in found["explained"])
@@ -269,7 +274,8 @@ def run(args):
           f"active features                {found['active']:.1f} of {args.features} a token and layer, "
           f"{found['dead']:.1%} never\n"
           f"CE of the model                {found['ce']:.4f}\n"
-          f"with features for its MLPs     {found['ce_features']:.4f}    {found['recovered']:.1%} of the gap recovered\n"
+          f"with features for its MLPs     {found['ce_features']:.4f}    "
+          f"{found['recovered']:.1%} of the gap recovered\n"
           f"with their means for its MLPs  {found['ce_means']:.4f}")
     write_json(os.path.join(args.out, "summary.json"), found)
 

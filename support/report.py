@@ -42,6 +42,7 @@ def report(out, control, load, encoding_of):
     """
     args, base, rows = read_run(out)
     best = None if args.dense else best_row(rows, base.tau)
+    enough = None if args.dense else share_at(rows, base.ce)
     found, kind, control = best or rows[-1], "dense control" if args.dense else "sparse", control or args.control
     control_ce = control_row(args, control, base)["val_ce"] if control else found["val_ce"] if args.dense else None
     lines = [("untouched", base.ce, base.active), (kind, found["val_ce"], found["active"])]
@@ -53,7 +54,6 @@ def report(out, control, load, encoding_of):
     if not args.dense:
         which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
         print(f"tau {base.tau:.4f}, {which}, step {found['step']} of {args.steps}")
-        enough = share_at(rows, base.ce)
         print(f"least edges at the untouched model's CE: {f'{enough:.3%}' if enough else 'never that low'}")
         draw_curve(rows, lines, base.tau, os.path.join(out, "curve.png"))
         draw_heads(by_head(found), os.path.join(out, "edges_by_head.png"))
@@ -66,7 +66,7 @@ def report(out, control, load, encoding_of):
         "base_ce": base.ce, "control_ce": control_ce,
         "sparse_ce": None if args.dense else found["val_ce"], "tau": base.tau,
         "constraint_met": None if args.dense else best is not None,
-        "share_at_untouched_ce": None if args.dense else share_at(rows, base.ce), "active_share": found["active"], "edges_per_token": found["active"] * base.edges_per_token,
+        "share_at_untouched_ce": enough, "active_share": found["active"], "edges_per_token": found["active"] * base.edges_per_token,
         "step": found["step"], "steps": args.steps, "seed": args.seed})
 
 
