@@ -17,8 +17,8 @@ The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits
 head read through one input. A head's output is its z, the mixture of values, times its rows of the output projection,
 whose bias belongs to no head. in_v is the residual stream as v reads it, before its LayerNorm; its gradient on the
 corrupted run is taken through v only. (8) is in the metric's units: a first-order estimate of what exact_edge_score
-measures. (7) restores k clean heads in a corrupted run. The paper's figures ask the other question, `metric_of_kept_heads`:
-k heads stay clean in a clean run, and all others write what they wrote in the corrupted one.
+measures. (7) restores k clean heads in a corrupted run. The paper's figures ask the other question,
+`metric_of_kept_heads`: k heads stay clean in a clean run, and all others write what they wrote in the corrupted one.
 
 Every function below is a few lines around `forward`, the model's pass written out.
 Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
@@ -135,10 +135,10 @@ def run_with_heads(model, tokens, z, chosen):
 
 
 def effects(model, source, tokens, metric, choices):
-    """(N,K): the metric on tokens with the heads of each choice (1 or N, L, H) from the run on source; m(source) (N)."""
+    """(N,K): the metric on tokens, each choice of heads (1 or N, L, H) taken from the run on source; m(source) (N)."""
     z, logits = outputs(model, source)
     m_source = metric(logits)
-    m = m_source.new_empty(len(m_source), len(choices))    # a copy: a metric may be a view, and keep all its logits alive
+    m = m_source.new_empty(len(m_source), len(choices))    # a copy: a metric may be a view that keeps all its logits
     for n, chosen in enumerate(tqdm(choices, desc="heads", leave=False)):
         m[:, n] = metric(run_with_heads(model, tokens, z, chosen.to(m.device)))
     return m, m_source

@@ -84,7 +84,7 @@ def adamw(model, args):
 
 @torch.no_grad()
 def optimizer_step(optimizer, lr, scores, score_lr):
-    """A step at the rate lr times that of each group, in which `scores`, weights of q and k, move score_lr times as far.
+    """A step at the rate lr times that of each group, in which `scores`, those of q and k, move score_lr times as far.
 
     q and k are two thirds of the rows of GPT-2's c_attn, and AdamW has one rate for a tensor. But its step is
     proportional to its rate, weight decay included: so this is AdamW with another rate for these rows.

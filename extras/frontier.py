@@ -3,7 +3,8 @@
     python -m extras.frontier RUN RUN ... [--control DENSE_RUN] [--out runs/frontier]
 
 RUN is the folder of a finished sparse run of train.py; the runs differ in --tau, --lam or --seed. A dot is the run's
-last evaluation: what one gets, not the luckiest moment. Prints a table, writes frontier.png and frontier.json. At the end: the least edges at which any run was no worse than the untouched model.
+last evaluation: what one gets, not the luckiest moment. Prints a table, writes frontier.png and frontier.json.
+At the end: the least edges at which any run was no worse than the untouched model.
 """
 import argparse
 import os

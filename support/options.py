@@ -12,7 +12,7 @@ SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size
 SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
 OPTIONS = (    # name, type (or choices), default, help
-    ("tau", between(float, 1e-6, 100.0), None, "target of the validation CE, nats per token; default: untouched + 0.05"),
+    ("tau", between(float, 1e-6, 100.0), None, "target of the validation CE, nats a token; default: untouched + 0.05"),
     ("init", str, "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, or scratch"),
     ("data", str, "openwebtext", "openwebtext[-N], stdlib, or a path: a .txt, a folder of them, a .bin of tokens"),
     ("out", str, None, "folder of the run; default: runs/ and the name of --init, -dense for a control"),

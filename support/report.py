@@ -66,7 +66,8 @@ def report(out, control, load, encoding_of):
         "base_ce": base.ce, "control_ce": control_ce,
         "sparse_ce": None if args.dense else found["val_ce"], "tau": base.tau,
         "constraint_met": None if args.dense else best is not None,
-        "share_at_untouched_ce": enough, "active_share": found["active"], "edges_per_token": found["active"] * base.edges_per_token,
+        "share_at_untouched_ce": enough, "active_share": found["active"],
+        "edges_per_token": found["active"] * base.edges_per_token,
         "step": found["step"], "steps": args.steps, "seed": args.seed})
 
 
