@@ -10,11 +10,11 @@ The multiplier of the Lagrangian  edges + lam (CE - tau)  is not tuned but drive
     lam  <- lam exp(rate Cbar)                    a sum in log space: lam stays positive          (5)
 
 The paper's Greek: lam is lambda, rate is kappa, decay is alpha. Loss above tau: lam grows and the model mends itself.
-Loss below tau: lam shrinks and edges go. One training step, in both training loops, is
+Loss below tau: lam shrinks and edges go. A training step, in both training loops, is
 
     geco.objective(edges, ce).backward()          # edges, ce: of sampled gates, differentiable
     optimizer.step()
-    row |= geco.step(seen, expected)              # seen: the CE that the constraint looks at, a plain number
+    row |= geco.step(seen, expected)              # an update, each few steps. seen: the CE that the constraint looks at
 
 Which CE it looks at is the loop's to choose. The paper's is that of the batch that trains, with sampled gates. Ours is
 that of the model that will be kept, whose gates are hard: in the toy with averaged weights, in train.py on other text.
@@ -26,10 +26,10 @@ class Geco:
     """The multiplier lam of one constraint CE <= tau.
 
     tau        target of the cross-entropy, nats per token.
-    lam        start value, > 0. With edges given as a share in [0, 1], lam = 1 trades one nat for all edges.
-    rate       of (5), per nat and step: how fast lam answers. Too fast: lam runs to the ends of its
+    lam        start value, > 0. With edges given as a share in [0, 1], lam = 1 makes one nat cost as much as all edges.
+    rate       of (5), per nat and update: how fast lam answers. Too fast: lam runs to the ends of its
                range and CE swings around tau; too slow: lam lags behind edges that are already gone.
-    decay      of (4): the average spans about 1 / (1 - decay) steps. Smooths noise, but delays too.
+    decay      of (4): the average spans about 1 / (1 - decay) updates. Smooths noise, but delays too.
     lam_range  lam is clamped to it, so that a long stay on one side of tau can be undone quickly.
     """
 
@@ -62,10 +62,10 @@ class Geco:
         return edges + self.lam * (ce - self.tau)
 
     def update(self, ce):
-        """One step of (4) and (5) with the ce of the whole step. Returns the lam that the step used."""
+        """One update by (4) and (5). Returns the lam that was in use before it."""
         ce, used = float(ce), self.lam
         if not math.isfinite(ce):
-            raise FloatingPointError(f"the cross-entropy is {ce} at step {self.steps}: lower the learning rate")
+            raise FloatingPointError(f"the cross-entropy is {ce} at update {self.steps}: lower the learning rate")
         low, high = (math.log(x) for x in self.lam_range)
         c = ce - self.tau
         self.average = self.decay * self.average + (1 - self.decay) * c if self.steps else c    # (4)
@@ -74,7 +74,7 @@ class Geco:
         return used
 
     def step(self, ce, expected):
-        """`update`, and what a log says of it. expected: edges of this step."""
+        """`update`, and what a log says of it. expected: edges of the training step."""
         return {"lam": self.update(ce), "c_bar": self.average, "expected": expected}
 
     def state_dict(self):

@@ -74,6 +74,14 @@ class SelfAttention(nn.Module):
         ones = torch.ones(q.shape[:2], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
         return z, ones, ones
 
+    def weights(self, q, k):
+        """Weight of every edge (B,H,T,T), A * softmax with hard gates: an exact 0 where a gate is closed.
+
+        Attention applied to one-hot values returns its own weights, so no second definition is needed.
+        """
+        onehot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        return self.attend(q, k, onehot)[0]
+
     def project(self, z):
         """Heads side by side, back into the residual stream: z (B,H,T,D) -> (B,T,C)."""
         return self.c_proj(z.transpose(1, 2).flatten(2))
@@ -186,15 +194,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, idx):
-        """Weight of every edge (L,B,H,T,T), A * softmax with hard gates: an exact 0 where a gate is closed.
-
-        Attention applied to one-hot values returns its own weights, so no second definition is needed.
-        """
+        """Weight of every edge (L,B,H,T,T), as SelfAttention.weights has it."""
         maps, x = [], self.embed(idx)                                                # (B,T,C)
         for block in self.h:
             q, k, v = block.attn.heads(block.ln_1(x))                                # (B,H,T,D)
-            onehot = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
-            maps.append(block.attn.attend(q, k, onehot)[0])                          # (B,H,T,T)
+            maps.append(block.attn.weights(q, k))                                    # (B,H,T,T)
             x = x + block.attn.project(block.attn.attend(q, k, v)[0])
             x = x + block.mlp(block.ln_2(x))
         return torch.stack(maps)

@@ -23,7 +23,6 @@ import sys
 import time
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from geco import Geco
 from model import GPT, GPTConfig, allowed_edges
-from support.data import batch, byte_encoding, encoding_of, gpt2_encoding, load as load_data, window
+from support.data import batch, byte_encoding, encoding_of, gpt2_encoding, load as load_data, spread
 from support.files import UserError, read_json, write_json
 from support.log import Log
 from support.losses import divergence
@@ -46,19 +45,16 @@ LOOK_EVERY = 4    # steps between two looks of lambda: a forward pass over one b
 @torch.no_grad()
 def evaluate(model, tokens, place, args):
     """Hard gates, the same windows each time -> validation CE in nats per token, active share (L,H)."""
-    T, was_training = model.config.block_size, model.training
+    was_training, windows = model.training, spread(tokens, model.config.block_size, args.eval_windows)
     model.eval()
-    windows = (len(tokens) - 1) // T
-    starts = np.linspace(0, windows - 1, min(windows, args.eval_windows)).astype(int) * T
     ce, active = 0.0, 0.0
-    for part in np.array_split(starts, math.ceil(len(starts) / args.batch_size)):
-        rows = torch.stack([window(tokens, s, T) for s in part]).to(place.device)    # (B,T+1)
+    for idx, targets in zip(*(t.to(place.device).split(args.batch_size) for t in windows)):    # (B,T) each
         with place.autocast():
-            out = model(rows[:, :-1], rows[:, 1:])
-        ce += out.loss.item() * len(part)
-        active = active + out.active_edges.cpu().double() * len(part)
+            out = model(idx, targets)
+        ce += out.loss.item() * len(idx)
+        active = active + out.active_edges.cpu().double() * len(idx)
     model.train(was_training)
-    return ce / len(starts), active / len(starts)
+    return ce / len(windows[0]), active / len(windows[0])
 
 
 @torch.no_grad()

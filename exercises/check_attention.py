@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exercises import same
+
 
 def qkv(dtype=torch.float64):
     return torch.randn(3, 2, 3, 6, 4, dtype=dtype).unbind()
@@ -11,13 +13,14 @@ def qkv(dtype=torch.float64):
 def test_with_every_gate_open_it_is_softmax_attention(answer, causal):
     q, k, v = qkv()
     y, expected, active = answer.sparse_attention(q, k, v, 100.0, causal, sample=True)
-    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, is_causal=causal))
-    assert (active == 1).all() and expected.min() > 0.999
+    same(y, F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b = 100 opens every allowed gate")
+    assert (active == 1).all() and expected.min() > 0.999, "both are shares of the allowed edges, not of T * T"
 
 
 def test_with_every_gate_shut_it_is_nothing(answer):
     y, expected, active = answer.sparse_attention(*qkv(), -100.0)
-    assert (y == 0).all() and (active == 0).all() and expected.max() < 1e-6
+    assert (y == 0).all() and (active == 0).all() and expected.max() < 1e-6, \
+        "no open gate, no output: an exact 0, with no softmax over the open keys (0 / 0)"
 
 
 def test_a_weight_is_the_softmax_or_an_exact_zero(answer):
@@ -26,8 +29,8 @@ def test_a_weight_is_the_softmax_or_an_exact_zero(answer):
     weights, _, active = answer.sparse_attention(q, k, v, 0.2)
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     is_open = (q @ k.mT / 2 + 0.2 > 0) & torch.ones(6, 6, dtype=torch.bool).tril()
-    torch.testing.assert_close(weights, dense * is_open)         # not renormalised
-    torch.testing.assert_close(active.double(), is_open.sum((-2, -1)).double() / 21)
+    same(weights, dense * is_open, "the softmax runs over all allowed keys, the gate multiplies: not renormalised")
+    same(active.double(), is_open.sum((-2, -1)).double() / 21, "21 of the 36 edges are allowed")
     assert 0 < active.mean() < 1
 
 
@@ -37,10 +40,12 @@ def test_the_future_is_never_read(answer):
     for i in range(5):
         later_k, later_v = k.clone(), v.clone()
         later_k[:, :, i + 1:], later_v[:, :, i + 1:] = 9.0, -9.0
-        assert torch.equal(answer.sparse_attention(q, later_k, later_v, 5.0)[0][:, :, :i + 1], y[:, :, :i + 1])
+        changed = answer.sparse_attention(q, later_k, later_v, 5.0)[0]
+        assert torch.equal(changed[:, :, :i + 1], y[:, :, :i + 1]), f"keys after {i} changed what came before"
 
 
 def test_draws_differ_and_their_mean_is_expected(answer):
     q, k, v = (t[:1, :1].expand(4000, -1, -1, -1) for t in qkv())
     _, expected, active = answer.sparse_attention(q, k, v, 0.0, sample=True)
-    assert active.std() > 0 and abs(active.mean() - expected.mean()) < 0.01
+    assert active.std() > 0, "with sample=True each call draws its gates"
+    assert abs(active.mean() - expected.mean()) < 0.01, "the mean over draws is the expected share, the sum of sigmoids"

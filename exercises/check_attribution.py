@@ -1,6 +1,7 @@
 import torch
 
 import patching
+from exercises import same
 from model import GPT, GPTConfig
 
 SMALL = 1e-2
@@ -40,13 +41,14 @@ def test_attribution_is_the_slope_of_patching_a_little(answer):
                     return out
 
                 slope = (metric(patching.forward(model, corrupt, write=nudge)) - before) / step
-                torch.testing.assert_close(scores[:, l, h], slope, rtol=1e-3, atol=1e-5)
+                same(scores[:, l, h], slope, f"layer {l}, head {h}: (z(clean) - z(corrupt)) . dm/dz, over positions; "
+                     "is the gradient that of the corrupted run?", rtol=1e-3, atol=1e-5)
     assert scores.abs().max() > 1e-2
 
 
 def test_equal_sentences_score_nothing(answer):
     model, (clean, _, metric) = tiny(False), pairs()
-    assert answer.head_attribution(model, clean, clean, metric).eq(0).all()
+    assert answer.head_attribution(model, clean, clean, metric).eq(0).all(), "z(clean) - z(corrupt) is 0 here"
 
 
 def test_edges_that_open_a_gate_are_missed(answer):
@@ -59,9 +61,9 @@ def test_edges_that_open_a_gate_are_missed(answer):
         exact = patching.exact_edge_score(model, clean, corrupt, metric, source, destination).abs().mean()
         if scores[names.index(source), names.index(destination) - 1] < SMALL and exact > 10 * SMALL:
             missed.add((source, destination))
-    assert missed and named == missed
+    assert missed and named == missed, "small mean |estimate| and large mean |truth|: absolute values before the mean"
 
 
 def test_a_dense_model_has_none_of_them(answer):
     model, (clean, corrupt, metric) = tiny(False), pairs()
-    assert answer.missed_edges(model, clean, corrupt, metric, SMALL) == set()
+    assert answer.missed_edges(model, clean, corrupt, metric, SMALL) == set(), "without gates the estimate is close"

@@ -27,13 +27,14 @@ class Sums:
 @pytest.mark.parametrize("edge", [(0, 0, 1), (1, 2, 6), (1, 0, 7)])
 def test_the_edge_is_found(answer, edge):
     idx, (train_rows, held_out) = addition_data()[0], split()
-    assert answer.find_carry_edge(Sums(*edge), idx, train_rows, held_out) == (edge, 1.0, 0.0)
+    found = answer.find_carry_edge(Sums(*edge), idx, train_rows, held_out)
+    assert found == (edge, 1.0, 0.0), "open is a weight above 0, however small; the tens slot is row 7"
 
 
 def test_an_edge_that_is_open_without_a_carry_says_as_much(answer):
     idx, (train_rows, held_out) = addition_data()[0], split()
     found = answer.find_carry_edge(Sums(1, 1, 3, upside_down=True), idx, train_rows, held_out)
-    assert found == ((1, 1, 3), 0.0, 1.0)
+    assert found == ((1, 1, 3), 0.0, 1.0), "an edge that is open without a carry knows as much: compare |difference|"
 
 
 def test_shares_are_those_of_the_held_out_sums(answer):
@@ -42,6 +43,6 @@ def test_shares_are_those_of_the_held_out_sums(answer):
     edge, with_carry, without = answer.find_carry_edge(model, idx, train_rows, held_out)
     maps, carry = model.attention_maps(idx[held_out]), idx[held_out, 1] + idx[held_out, 4] >= 10
     is_open = maps[1, :, 1, 7, 3] > 0
-    assert edge == (1, 1, 3)
-    assert with_carry == pytest.approx(is_open[carry].float().mean().item())
+    assert edge == (1, 1, 3), "pick on train_rows, over layers, heads and keys"
+    assert with_carry == pytest.approx(is_open[carry].float().mean().item()), "the shares are those of held_out"
     assert without == pytest.approx(is_open[~carry].float().mean().item())

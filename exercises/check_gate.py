@@ -3,17 +3,20 @@ import math
 import pytest
 import torch
 
+from exercises import same
+
 
 def test_without_noise_a_gate_is_open_where_its_logit_is_positive(answer):
     gates = answer.sample_gates(torch.tensor([-2.0, -0.1, 0.1, 3.0, -math.inf]), sample=False)
-    assert gates.tolist() == [0, 0, 1, 1, 0]
+    assert gates.tolist() == [0, 0, 1, 1, 0], "without noise a gate is open exactly where its logit is above 0"
 
 
 def test_gates_are_bits_and_open_with_probability_sigmoid(answer):
     logits = torch.tensor([-2.0, 0.0, 1.5])
     gates = answer.sample_gates(logits.expand(20_000, 3), sample=True)
-    assert set(gates.unique().tolist()) == {0.0, 1.0}
-    assert (gates.mean(0) - torch.sigmoid(logits)).abs().max() < 4 * 0.5 / math.sqrt(20_000)
+    assert set(gates.unique().tolist()) == {0.0, 1.0}, "forward must be a bit: is it the sigmoid, or not yet compared?"
+    assert (gates.mean(0) - torch.sigmoid(logits)).abs().max() < 4 * 0.5 / math.sqrt(20_000), \
+        "the noise must be logistic, log(u / (1 - u)), added to the logit before the comparison with 0"
 
 
 def test_the_gradient_is_that_of_the_noisy_sigmoid(answer):
@@ -23,14 +26,14 @@ def test_the_gradient_is_that_of_the_noisy_sigmoid(answer):
     torch.manual_seed(5)
     answer.sample_gates(logits, sample=True).sum().backward()
     soft = torch.sigmoid(logits + torch.log(u / (1 - u)))
-    torch.testing.assert_close(logits.grad, (soft * (1 - soft)).detach())
+    same(logits.grad, (soft * (1 - soft)).detach(), "one draw for both: the bit and its gradient")
 
 
 def test_without_noise_the_gradient_is_that_of_the_sigmoid(answer):
     logits = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
     answer.sample_gates(logits, sample=False).sum().backward()
     soft = torch.sigmoid(logits)
-    torch.testing.assert_close(logits.grad, (soft * (1 - soft)).detach())
+    same(logits.grad, (soft * (1 - soft)).detach(), "the value is hard, the gradient soft: detach one, add the other")
 
 
 @pytest.mark.parametrize("u", [0.0, 1.0])
@@ -39,4 +42,5 @@ def test_extreme_draws_do_no_harm(answer, monkeypatch, u):
     logits = torch.tensor([-1.0, 2.0, -math.inf], requires_grad=True)
     gates = answer.sample_gates(logits, sample=True)
     gates.sum().backward()
-    assert gates[2] == 0 and gates.isfinite().all() and logits.grad.isfinite().all()
+    assert gates[2] == 0 and gates.isfinite().all() and logits.grad.isfinite().all(), \
+        f"u = {u} makes log(u / (1 - u)) infinite, and inf - inf is nan: keep u away from 0 and 1"

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exercises import same
 from model import GPT, GPTConfig
 
 
@@ -28,20 +29,20 @@ def test_against_a_pass_written_out(answer, model, layer, head):
     clean, corrupt = torch.randint(11, (2, 4, 6))
     z = by_hand(model, clean, {})[1][layer, head]
     patched = answer.patch_head(model, clean, corrupt, layer, head)
-    torch.testing.assert_close(patched, by_hand(model, corrupt, {(layer, head): z})[0])
-    assert (patched - model(corrupt).logits).abs().max() > 1e-6
+    same(patched, by_hand(model, corrupt, {(layer, head): z})[0], "run on corrupt; only this head's part is from clean")
+    assert (patched - model(corrupt).logits).abs().max() > 1e-6, "nothing changed: did the hook return its tuple?"
 
 
 def test_equal_sentences_change_nothing(answer, model):
     tokens = torch.randint(11, (4, 6))
-    torch.testing.assert_close(answer.patch_head(model, tokens, tokens, 1, 0), model(tokens).logits)
+    same(answer.patch_head(model, tokens, tokens, 1, 0), model(tokens).logits, "clean = corrupt: nothing to patch")
 
 
 def test_the_model_is_left_as_it_was(answer, model):
     clean, corrupt = torch.randint(11, (2, 4, 6))
     before = model(corrupt).logits
     answer.patch_head(model, clean, corrupt, 0, 1)
-    assert torch.equal(model(corrupt).logits, before)
+    assert torch.equal(model(corrupt).logits, before), "a hook is left: handle.remove()"
     with pytest.raises(RuntimeError):    # the z of 4 sentences does not fit into 3
         answer.patch_head(model, clean, corrupt[:3], 0, 1)
-    assert torch.equal(model(corrupt).logits, before)
+    assert torch.equal(model(corrupt).logits, before), "a hook is left after an error: try ... finally"

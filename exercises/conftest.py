@@ -17,6 +17,7 @@ def reference(name):
     import geco
     import patching
     import toy_addition
+    from extras import attribution
 
     def expected_edges(q, k, gate_bias):
         return gates.sparse_attention(q, k, k, gate_bias)[1]
@@ -41,6 +42,25 @@ def reference(name):
                 if scores[names.index(s), names.index(d) - 1] < small
                 and patching.exact_edge_score(model, clean, corrupt, metric, s, d).abs().mean() > 10 * small}
 
+    def hard(loss, g):
+        return loss(gates.sample_gates(g, sample=False))
+
+    def expected(loss, g):
+        p = torch.sigmoid(g.double())
+        draws = torch.cartesian_prod(*[torch.tensor([0, 1])] * len(g))              # (2^n,n)
+        return sum(torch.where(a > 0, p, 1 - p).prod() * loss(a) for a in draws)
+
+    def restored(model, clean, corrupt, metric, order):
+        return patching.explained_effect(model, clean, corrupt, metric, torch.tensor(order))
+
+    def kept(model, clean, corrupt, metric, order):
+        m = patching.metric_of_kept_heads(model, clean, corrupt, metric, torch.tensor(order))
+        return patching.share_of_effect(m, m[:, -1])
+
+    def strongest_key(pattern, v, gradient):
+        pairs = attribution.carried(pattern, v, gradient).sum(1).abs()              # (H,T)
+        return divmod(int(pairs.argmax()), pairs.shape[1])
+
     return SimpleNamespace(**{
         "gate": dict(sample_gates=gates.sample_gates),
         "edges": dict(expected_edges=expected_edges),
@@ -49,6 +69,9 @@ def reference(name):
         "patch_head": dict(patch_head=patch_head),
         "effect": dict(curves=curves, needed=patching.heads_needed),
         "attribution": dict(head_attribution=head_attribution, missed_edges=missed_edges),
+        "hard_gates": dict(hard=hard, expected=expected),
+        "keep_or_restore": dict(restored=restored, kept=kept),
+        "sum_rule": dict(carried=attribution.carried, strongest_key=strongest_key),
         "carry": dict(find_carry_edge=toy_addition.find_carry_edge),
     }[name])
 

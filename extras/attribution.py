@@ -10,7 +10,7 @@ node writes vectors into the residual stream, and what any feature reads, its pr
     so       edges.sum(0) + bias = value                                                                         (19)
 
 An edge that leaves its position runs through attention. At a layer m it splits exactly into what each head h carries
-from each key j to each query i, and what passes the layer by, in the stream or in decoders that write later:
+from each key j to each query i, and what does not pass through these heads: the stream, and what is written later:
 
     c_mh(i,j) = gamma_m(i) . W_O P_h(i,j) W_V N sigma_m(j)                                                       (20)
 
@@ -44,15 +44,17 @@ class Graph(NamedTuple):
 
 
 class Frozen:
-    """The run of a model on tokens (T), of which only the stream can still change, and the nodes that make it up."""
+    """A run of a model on tokens (T), linear in the stream, as all else is frozen; and the nodes that write into it."""
 
-    def __init__(self, model, transcoder, tokens, target=None, against=None):
-        """target, against: see attribution_graph."""
+    def __init__(self, model, transcoder, tokens, target=None, against=None, keep=None):
+        """target, against: see attribution_graph. keep (L,H,T,T): of mlp_sites."""
         self.model, self.transcoder = model.eval(), transcoder
         L, C, T = model.config.n_layer, model.config.n_embd, len(tokens)
         with torch.no_grad():
-            self.patterns = model.attention_maps(tokens[None])[:, 0]                 # (L,H,T,T)
-            sites = mlp_sites(model, tokens[None])
+            sites = mlp_sites(model, tokens[None], keep=keep)
+            heads = [block.attn.heads(block.ln_1(x)) for block, x in zip(model.h, sites.before)]
+            weights = torch.cat([block.attn.weights(q, k) for block, (q, k, _) in zip(model.h, heads)])
+            self.patterns = weights if keep is None else keep * weights              # (L,H,T,T)
             streams = [torch.stack(found)[:, 0] for found in (sites.before, sites.between)]      # (L,T,C) each
             self.before, self.between = ([scale_of(getattr(block, name), x) for block, x in zip(model.h, xs)]
                                          for name, xs in zip(("ln_1", "ln_2"), streams))
@@ -127,6 +129,52 @@ class Frozen:
         direction, constant = self.transcoder.reader(node.layer, node.index)
         return reads[node.layer][node.position] @ direction + (constant if bias else 0)
 
+    def graph(self, most=None):
+        """See attribution_graph."""
+        S, L = len(self.nodes), self.model.config.n_layer
+        graph = Graph(self.nodes, *(self.writes.new_zeros(shape) for shape in ((S, S), S, S)))
+        position = torch.tensor([node.position for node in self.nodes])
+        layer = torch.tensor([node.layer if node.kind in ("feature", "logit") else -1 for node in self.nodes])
+        with torch.no_grad():
+            of_bias = self.run(self.constant, WITH_BIAS)[:2]
+        with torch.enable_grad():
+            written = (self.written(range(S)) + self.constant).requires_grad_()
+            reads, last = self.run(written, WITH_BIAS)[:2]
+            for l in range(L, -1, -1):    # later layers first: then all that a feature acts on has its edges
+                targets = (layer == l).nonzero()[:, 0]
+                counts = influence(graph.edges)[targets]
+                for n in targets[counts.argsort(descending=True)[:most]].tolist():
+                    value = self.value(self.nodes[n], reads, last, WITH_BIAS)
+                    gradient, = torch.autograd.grad(value, written, retain_graph=True)           # (L+1,T,C)
+                    graph.edges[:, n] = torch.einsum("slc,lsc->s", self.writes, gradient[:, position])     # (18)
+                    graph.value[n] = value.detach()
+                    graph.bias[n] = self.value(self.nodes[n], *of_bias, WITH_BIAS).detach()
+        return graph
+
+    def split(self, source, target):
+        """See attention_split."""
+        s, between = self.nodes.index(source), {}
+        with torch.enable_grad():
+            written = self.written([s]).requires_grad_()
+            reads, last, before, added = self.run(written, LINEAR)
+            value = self.value(target, reads, last, LINEAR)
+            grads = torch.autograd.grad(value, [written, *added], materialize_grads=True)
+        gradient, behind = grads[0], grads[1:]                                       # (L+1,T,C), L of (T,C)
+        later = (gradient * written).sum((1, 2)).detach()                            # (L+1) what each write adds
+        first = source.layer + (source.kind in ("feature", "error"))
+        for m in range(first, min(target.layer + 1, self.model.config.n_layer)):
+            sigma, gamma = before[m].detach(), behind[m]
+            v = self.heads(m, sigma, LINEAR)[2][0]                                   # (H,T,D)
+            g = (gamma @ self.model.h[m].attn.c_proj.weight).unflatten(1, (len(v), -1)).transpose(0, 1)    # (H,T,D)
+            between[m] = carried(self.patterns[m], v, g).detach(), ((gamma * sigma).sum() + later[m + 1:].sum()).item()
+        return between
+
+
+def carried(pattern, v, gradient):
+    """(20): (H,T,T), what each head carries from key j to query i, at [h,i,j]. pattern (H,T,T), v and gradient (H,T,D),
+    the latter of a number with respect to z = pattern @ v."""
+    return pattern * torch.einsum("hid,hjd->hij", gradient, v)
+
 
 def scale_of(norm, x):
     """By what a norm multiplies x (T,C): (T,1)."""
@@ -143,54 +191,25 @@ def frozen_norm(norm, scale, x, bias):
     return x + norm.bias if bias and getattr(norm, "bias", None) is not None else x
 
 
-def attribution_graph(model, transcoder, tokens, target=None, against=None):
+def attribution_graph(model, transcoder, tokens, target=None, against=None, most=None):
     """The Graph of one prompt, tokens (T), for the logit of the token `target` after it (default: the likeliest), less
-    that of the token `against` or the mean logit. One backward pass for each active feature, and one for the logit."""
-    frozen = Frozen(model, transcoder, tokens, target, against)
-    S = len(frozen.nodes)
-    graph = Graph(frozen.nodes, *(frozen.writes.new_zeros(shape) for shape in ((S, S), S, S)))
-    position = torch.tensor([node.position for node in frozen.nodes])
-    with torch.no_grad():
-        of_bias = frozen.run(frozen.constant, WITH_BIAS)[:2]
-    with torch.enable_grad():
-        written = (frozen.written(range(S)) + frozen.constant).requires_grad_()
-        reads, last = frozen.run(written, WITH_BIAS)[:2]
-        for n, node in enumerate(frozen.nodes):
-            if node.kind in ("feature", "logit"):
-                value = frozen.value(node, reads, last, WITH_BIAS)
-                gradient, = torch.autograd.grad(value, written, retain_graph=True)               # (L+1,T,C)
-                graph.edges[:, n] = torch.einsum("slc,lsc->s", frozen.writes, gradient[:, position])       # (18)
-                graph.value[n], graph.bias[n] = value.detach(), frozen.value(node, *of_bias, WITH_BIAS).detach()
-    return graph
+    that of the token `against` or the mean logit. One backward pass for each active feature, and one for the logit.
+    most: of each layer only so many features get their edges, those that count most for the logit."""
+    return Frozen(model, transcoder, tokens, target, against).graph(most)
 
 
 def attention_split(model, transcoder, tokens, source, target, against=None):
     """(20) for one edge of the graph, nodes as it names them: {layer: (carried (H,T,T) from key j to query i at
     [h,i,j], bypass, a number)} for each layer between them: carried.sum() + bypass is the edge. against: the graph's.
     """
-    frozen = Frozen(model, transcoder, tokens, target.index if target.kind == "logit" else None, against)
-    s, between = frozen.nodes.index(source), {}
-    with torch.enable_grad():
-        written = frozen.written([s]).requires_grad_()
-        reads, last, before, added = frozen.run(written, LINEAR)
-        value = frozen.value(target, reads, last, LINEAR)
-        grads = torch.autograd.grad(value, [written, *added], materialize_grads=True)
-    gradient, behind = grads[0], grads[1:]                                           # (L+1,T,C), L of (T,C)
-    later = (gradient * written).sum((1, 2)).detach()                                # (L+1) what each write adds
-    first = source.layer + (source.kind in ("feature", "error"))
-    for m in range(first, min(target.layer + 1, model.config.n_layer)):
-        sigma, gamma = before[m].detach(), behind[m]
-        v = frozen.heads(m, sigma, LINEAR)[2][0]                                     # (H,T,D)
-        g = (gamma @ model.h[m].attn.c_proj.weight).unflatten(1, (len(v), -1)).transpose(0, 1)  # (H,T,D)
-        carried = frozen.patterns[m] * torch.einsum("hid,hjd->hij", g, v)
-        between[m] = carried.detach(), ((gamma * sigma).sum() + later[m + 1:].sum()).item()
-    return between
+    index = target.index if target.kind == "logit" else None
+    return Frozen(model, transcoder, tokens, index, against).split(source, target)
 
 
 @torch.no_grad()
 def score_split(model, transcoder, tokens, layer, head, i, j):
-    """Which pair of nodes opens an edge: the score s_ij of a head, (S,S), from node of the query to node of the key;
-    the last row and column are the biases (the target logit, which writes nothing, has their place). Sums to s_ij."""
+    """Which pair of nodes opens an edge: the score s_ij of a head as a sum over (S,S). Entry (a,b) is the part of node
+    a at the query and node b at the key. Last row and column: biases, in place of the logit, which writes nothing."""
     frozen = Frozen(model, transcoder, tokens)
     S = len(frozen.nodes)
     written = torch.stack([frozen.written([n]) for n in range(S - 1)], 1)            # (L+1,S-1,T,C)
@@ -202,19 +221,27 @@ def score_split(model, transcoder, tokens, layer, head, i, j):
     return q @ k.T / math.sqrt(q.shape[1])
 
 
+def shares(edges):
+    """(S,S): by how much each node counts for each other among all that act on it; a column adds up to 1, or 0."""
+    return edges.abs() / edges.abs().sum(0).clamp(min=1e-30)
+
+
 def influence(edges):
-    """(S,S): by how much each node counts for each other, over all paths, if what enters a node adds up to 1."""
-    share = edges.abs() / edges.abs().sum(0).clamp(min=1e-30)
-    return share, torch.linalg.inv(torch.eye(len(edges), dtype=edges.dtype) - share)
+    """(S): by how much each node counts for the logit, the last one, over all paths. Edges run to later nodes only."""
+    share, weight = shares(edges), edges.new_zeros(len(edges))
+    weight[-1] = 1
+    for n in range(len(edges) - 1, -1, -1):    # from the last on: the weight of all that a node acts on is known
+        weight += share[:, n] * weight[n]
+    return weight
 
 
 def prune(graph, node_share=0.8, edge_share=0.95):
     """The few nodes with node_share of all that counts for the logit, and among them the few edges with edge_share.
 
     Returns (nodes (S) bool, edges (S,S) bool, replacement, completeness): the share of the logit's origins that are
-    tokens and positions and not errors, and the share of all inputs, by how much they count, that are not errors."""
-    share, paths = influence(graph.edges)
-    weight = paths[:, -1]                                                            # (S) for the logit, which has 1
+    tokens and positions, not errors nor features without edges of their own; and the share of all inputs, by how much
+    they count, that are not errors."""
+    share, weight = shares(graph.edges), influence(graph.edges)
     kinds = [node.kind for node in graph.nodes]
     error = torch.tensor([kind == "error" for kind in kinds])
     origin = torch.tensor([kind in ("embedding", "position") for kind in kinds])
@@ -223,7 +250,7 @@ def prune(graph, node_share=0.8, edge_share=0.95):
     nodes[-1] = True
     flow = share * weight * nodes[:, None] * nodes
     return (nodes, largest(flow.flatten(), edge_share).view_as(flow),
-            (weight[origin].sum() / weight[origin | error].sum()).item(),
+            (weight[origin].sum() / weight[~fed].sum()).item(),
             ((1 - share[error].sum(0)) * weight)[fed].sum().item() / weight[fed].sum().item())
 
 

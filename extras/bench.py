@@ -24,7 +24,7 @@ from gates import sparse_attention
 from model import GPT, GPTConfig
 from patching import edge_scores, head_scores
 from support.blockwise import blockwise_attention
-from support.files import UserError, between, make_folder, pick_device
+from support.files import between, make_folder, pick_device, run_command
 
 HEADS, HEAD_SIZE, TOKENS = 12, 64, 4096
 COLUMNS = ("   T", "plain ms", "ours ms", "dense ms", "plain / ours", "ours / dense", "plain MiB", "ours MiB",
@@ -145,6 +145,19 @@ def print_table(args, device):
         draw_speed(rows, title, args.plot)
 
 
+def run(args):
+    device = pick_device(args.device)
+    if args.plot:
+        make_folder(os.path.dirname(args.plot) or ".")
+    print(torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads", end=", ")
+    if args.patching:
+        print_times("GPT-2's shape, 25 pairs of 16 tokens", patching_runs(device, 25, 16), device, repeats=1)
+        return
+    print_table(args, device)
+    steps = {"dense": training_step(False, device), "sparse": training_step(True, device)}
+    print_times("\none training step of GPT-2's shape, 1 sequence of 1,024 tokens", steps, device, args.repeats)
+
+
 def main():
     parser = argparse.ArgumentParser(usage="python -m extras.bench [options]", description=__doc__.partition("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -156,20 +169,7 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one, else cpu")
     parser.add_argument("--patching", action="store_true", help="time patching.py instead: 4 minutes on 2 cores")
     parser.add_argument("--plot", metavar="PATH", help="draw the table into this file")
-    args = parser.parse_args()
-    try:
-        device = pick_device(args.device)
-        if args.plot:
-            make_folder(os.path.dirname(args.plot) or ".")
-    except UserError as error:
-        parser.error(str(error))
-    print(torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads", end=", ")
-    if args.patching:
-        print_times("GPT-2's shape, 25 pairs of 16 tokens", patching_runs(device, 25, 16), device, repeats=1)
-        return
-    print_table(args, device)
-    steps = {"dense": training_step(False, device), "sparse": training_step(True, device)}
-    print_times("\none training step of GPT-2's shape, 1 sequence of 1,024 tokens", steps, device, args.repeats)
+    run_command(parser, run)
 
 
 if __name__ == "__main__":

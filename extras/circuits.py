@@ -18,7 +18,7 @@ import patching as P
 from extras.figures import draw_circuits, draw_effects
 from extras.llama import load_model
 from extras.tasks import TASKS, make_pairs, select
-from support.files import UserError, between, make_folder, pick_device, write_json
+from support.files import UserError, between, make_folder, pick_device, run_command, write_json
 
 USABLE = 0.1       # least m(clean) - m(corrupt) of a pair that has an effect to explain, in the metric's units
 FAILS = 0.8        # a model that is right in a smaller share of the clean sentences does not do the task
@@ -37,14 +37,18 @@ def load_models(args):
     """{"dense": model, "sparse": model} on the device: two of one shape, but for the length that they read at most."""
     args.device = pick_device(args.device)
     models = {name: load_model(getattr(args, name)).to(args.device) for name in ("dense", "sparse")}
+    same_shape(models, f"{args.dense} and {args.sparse}")
+    return models
+
+
+def same_shape(models, who):
+    """An error, if the dense and the sparse model differ in more than their gates and the length that they read."""
     dense, sparse = ({**vars(model.config), "family": type(model).__name__,
                       "their layout of sums": model.notes.get("layout")} for model in models.values())
     differ = [f"{key} {dense.get(key)} and {sparse.get(key)}" for key in sorted(dense.keys() | sparse.keys())
               if key not in ("block_size", "gated", "gate_bias") and dense.get(key) != sparse.get(key)]
     if differ:
-        raise UserError(f"{args.dense} and {args.sparse} differ in {', '.join(differ)}\n"
-                        "compare two models of one shape")
-    return models
+        raise UserError(f"{who} differ in {', '.join(differ)}\ncompare two models of one shape")
 
 
 # ---- What is measured
@@ -166,6 +170,7 @@ def print_table(found):
 
 
 def compare(args):
+    args.out = args.out or f"runs/patching-{args.task}"
     models = load_models(args)
     shorter = min(models.values(), key=lambda model: model.config.block_size)    # what it can read, both can
     pairs, config = make_pairs(args.task, args.pairs, args.seed, shorter, args.corruption), shorter.config
@@ -219,12 +224,7 @@ def main():
                         help="of ioi: three fresh names (default), or the second subject swapped")
     parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
-    args = parser.parse_args()
-    args.out = args.out or f"runs/patching-{args.task}"
-    try:
-        compare(args)
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+    run_command(parser, compare)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from extras.figures import draw_distance
 from extras.tokenizer import encoding_of
 from model import allowed_edges
 from support.data import load
-from support.files import UserError, between, make_folder, write_json
+from support.files import UserError, between, make_folder, run_command, write_json
 
 AT_ONCE = 4096    # tokens in a forward pass
 IDLE = 0.01       # an open edge that adds less than this share of a value might as well be closed
@@ -106,11 +106,7 @@ def main():
                         help="context that is shown at most (default 128)")
     parser.add_argument("--windows", type=between(int, 2, 10**6), default=1000, help="rows per length (default 1000)")
     parser.add_argument("--out", default="runs/distance", help="folder of the picture (default runs/distance)")
-    args = parser.parse_args()
-    try:
-        compare(args)
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+    run_command(parser, compare)
 
 
 if __name__ == "__main__":

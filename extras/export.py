@@ -15,7 +15,7 @@ import shutil
 import torch
 
 from extras.llama import NAMES, NORMS, OTHERS, SIZES, Llama, load_model
-from support.files import UserError, make_folder, read_json, replacing, write_json
+from support.files import UserError, make_folder, read_json, replacing, run_command, write_json
 
 TRANSPOSED = r"c_(attn|proj|fc)\.weight$"    # GPT-2's file stores them (in, out)
 
@@ -82,17 +82,17 @@ def load_exported(folder):
     return model
 
 
+def run(args):
+    export(load_model(args.checkpoint), args.out)
+    print(f"config.json and model.safetensors are in {args.out}")
+
+
 def main():
     parser = argparse.ArgumentParser(usage="python -m extras.export CHECKPOINT OUT",
                                      description="A checkpoint of ours back in Hugging Face's layout.")
     parser.add_argument("checkpoint", help="of train.py, or anything else that load_model reads")
     parser.add_argument("out", help="a folder that holds no model yet")
-    args = parser.parse_args()
-    try:
-        export(load_model(args.checkpoint), args.out)
-        print(f"config.json and model.safetensors are in {args.out}")
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+    run_command(parser, run)
 
 
 if __name__ == "__main__":

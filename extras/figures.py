@@ -1,5 +1,6 @@
 """Pictures of circuits, ablations, distances and timings: numbers come in, a file goes out."""
 import contextlib
+import math
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -7,6 +8,8 @@ from matplotlib.collections import LineCollection
 from support.figures import plt, save
 
 STYLES = {"dense": dict(color="black", ls="-", lw=2.2), "sparse": dict(color="C1", ls="--", lw=1.6)}
+CUT = dict(color="C0", ls=":", lw=2)
+MARKS = {"embedding": "s", "position": "^", "feature": "o", "error": "x", "logit": "D"}
 NAMED = 60    # a circuit of at most so many nodes shows their names
 SPEED_STYLES = {"plain": dict(color="C3", ls=":", label="plain definition"),
                 "ours": dict(color="C0", ls="-", label="ours"),
@@ -75,6 +78,50 @@ def draw_circuits(circuits, L, H, total, title, path):
             ax.set(xlabel="head", ylabel="layer", title=f"{name}: {len(size):,} of {total:,} edges")
             ax.set_xticks([*range(H), H + 0.5], [*range(H), "MLP"])
             ax.set_yticks(range(-1, L + 1), ["embedding", *range(L), "logits"])
+
+
+def draw_carriers(found, units, title, path):
+    """Mean cumulative share over the number of carriers, of an edge and of a prompt: see extras/attribute.py."""
+    with picture(path, title, 2, len(units), (4.5 * len(units), 8), sharey=True, sharex="col") as axes:
+        for row, what in zip(axes, ("an edge", "a prompt")):
+            for ax, unit in zip(row, units):
+                for arm, style in (STYLES | {"cut": CUT}).items():
+                    share = [0, *found[arm][f"curve: {unit} of {what}"]]
+                    ax.plot(share, **style, label=f"{arm}: 80 % at {found[arm][f'{unit} for 80% of {what}']}")
+                ax.set_xscale("symlog", linthresh=1)
+                ax.axhline(0.8, color="0.6", lw=0.8)
+                ax.legend(fontsize=8, loc="lower right")
+            row[0].set_ylabel(f"share of what crosses positions in {what}, mean")
+        for ax, unit in zip(axes[1], units):
+            ax.set_xlabel(f"number of {unit}, largest first")
+
+
+def draw_graphs(graphs, tokens, L, title, path):
+    """One prompt's attribution graphs: positions to the right, layers up. graphs: {arm: [(source, target, count)]}, of
+    nodes as extras/attribution.py has them; width by |count|, dashed below 0; dark edges cross positions."""
+    with picture(path, title, 1, len(graphs), (max(7, 0.32 * len(tokens) + 3) * len(graphs), 6)) as axes:
+        for ax, (arm, edges) in zip(axes[0], graphs.items()):
+            nodes = list(dict.fromkeys(node for source, target, _ in edges for node in (source, target)))
+            seen, place = {}, {}    # nodes of one kind, layer and position stand side by side
+            for node in nodes:
+                n = seen[node[:3]] = seen.get(node[:3], -1) + 1
+                height = {"embedding": -1, "position": -0.6, "error": node.layer + 0.3}.get(node.kind, node.layer)
+                place[node] = node.position + 0.3 * math.sin(2.4 * n), height + 0.08 * (n % 3)
+            most = max(abs(count) for *_, count in edges)
+            for source, target, count in edges:
+                across = source.position != target.position
+                ax.plot(*zip(place[source], place[target]), "-" if count > 0 else "--", zorder=1 + across,
+                        color="black" if across else "0.7", lw=0.4 + 3 * abs(count) / most)
+            for kind, mark in MARKS.items():
+                if of_kind := [place[node] for node in nodes if node.kind == kind]:
+                    ax.scatter(*zip(*of_kind), marker=mark, s=36, c="C1" if kind == "feature" else "C0", zorder=3,
+                               label=kind)
+            across = sum(source.position != target.position for source, target, _ in edges)
+            ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 1 else 0, fontsize=8)
+            ax.set_yticks(range(-1, L + 1), ["tokens", *range(L), "logit"])
+            ax.set(title=f"{arm}: {across} of {len(edges)} edges cross positions", ylabel="layer",
+                   xlim=(-0.6, len(tokens) - 0.4))
+            ax.legend(fontsize=8, loc="upper left")
 
 
 def draw_frontier(runs, path):

@@ -10,7 +10,7 @@ import argparse
 import os
 
 from extras.figures import draw_frontier
-from support.files import UserError, make_folder, write_json
+from support.files import UserError, make_folder, run_command, write_json
 from support.log import read_run, share_at
 from support.report import control_row
 
@@ -45,10 +45,7 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished sparse run of train.py")
     parser.add_argument("--control", help="folder of a --dense run, for all of them")
     parser.add_argument("--out", default="runs/frontier", help="folder of the picture (default runs/frontier)")
-    try:
-        compare(parser.parse_args())
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+    run_command(parser, compare)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from extras.figures import draw_sweeps
-from support.files import UserError, between, make_folder, read_json
+from support.files import UserError, between, make_folder, read_json, run_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY = "toy_addition.py"
@@ -99,10 +99,7 @@ def main():
     parser.add_argument("--at-once", type=between(int, 1, 256), default=os.cpu_count() or 1,
                         help="runs at a time (default: one a core)")
     parser.add_argument("--out", default="runs/sweep", help="folder of all runs (default runs/sweep)")
-    try:
-        sweep(parser.parse_args())
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+    run_command(parser, sweep)
 
 
 if __name__ == "__main__":

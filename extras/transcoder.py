@@ -1,6 +1,7 @@
 """A cross-layer transcoder: sparse features in place of all MLPs (a later part of the paper; its losses are unknown).
 
     python -m extras.transcoder --model runs/scratch/best.pt --data stdlib [--out runs/transcoder]
+    python -m extras.transcoder --model runs/addition/sparse.pt --data addition --out runs/transcoder-sums
 
 At each layer l an encoder reads what the MLP reads and finds a few active features. Their decoders write in place of
 this and all later MLPs, so that a feature that lives through many layers is found once:
@@ -8,7 +9,8 @@ this and all later MLPs, so that a feature that lives through many layers is fou
     a_l = top k of relu(W_enc_l x_l + b_l)               features of layer l, x_l: what MLP l reads               (16)
     y_m ~ sum over l <= m of a_l W_dec_lm + b_m          the output of MLP m                                      (17)
 
-    loss = sum over m of |y_m - (17)|^2 / Var(y_m) + a little of the same for what is missed, from features that sleep
+    loss = sum over m of |y_m - (17)|^2 / Var(y_m), + HELP times the error of sleeping features that fit what is missed,
+           + with JumpReLU, sparsity times the number of active features
 
 Inputs and outputs are scaled to a mean square of 1 an entry. extras/attribution.py asks what acts on what.
 Trains 2,000 steps of 1,024 tokens; goes on if --out holds a run that was stopped; then prints how good it is.
@@ -27,17 +29,20 @@ from tqdm import tqdm
 
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
-from support.data import batch, load as load_data, window
-from support.files import (UserError, between, first_line, make_folder, pick_device, read_json, replacing, write_csv,
-                           write_json)
+from support.data import batch, load as load_data, spread
+from support.files import (UserError, between, first_line, make_folder, pick_device, read_json, replacing, run_command,
+                           write_csv, write_json)
 from support.losses import cross_entropy
-from support.weights import BAD_PICKLE
+from support.weights import BAD_PICKLE, GPT2_SHA256
+from toy_addition import ALPHABET, addition_data, split
 
 SLEEPS = 100       # steps without being active after which a feature is helped
 HELPERS = 64       # sleeping features that try to explain what is missed
 HELP = 1 / 32      # weight of their loss
 SAVE_EVERY = 100   # steps
-WIDTH_OF_JUMP = 0.1    # within this distance of its threshold JumpReLU has a gradient for it
+AT_ONCE = 8192     # tokens of which the quality is measured at a time
+NAMES = {*GPT2_SHA256, "stdlib", "addition"}    # of models and data; anything else that is there is a path
+WIDTH_OF_JUMP = 0.1    # of the band around its threshold in which JumpReLU has a gradient for it
 
 
 class Sites(NamedTuple):
@@ -49,13 +54,18 @@ class Sites(NamedTuple):
 
 
 @torch.no_grad()
-def mlp_sites(model, idx, mlp=None):
-    """A run with hard gates on idx (B,T), looked at. mlp(l, x): what stands in for the MLP of layer l."""
+def mlp_sites(model, idx, mlp=None, keep=None):
+    """A run with hard gates on idx (B,T), looked at. mlp(l, x): what stands in for the MLP of layer l. keep (L,H,T,T):
+    what the weights of all edges are multiplied by, 0 or 1."""
     x = model.eval().embed(idx)
     sites = Sites([], [], [], [], x)
     for l, block in enumerate(model.h):
         sites.before.append(x)
-        x = x + block.attn(block.ln_1(x))[0]
+        if keep is None:
+            x = x + block.attn(block.ln_1(x))[0]
+        else:
+            q, k, v = block.attn.heads(block.ln_1(x))
+            x = x + block.attn.project((keep[l] * block.attn.weights(q, k)) @ v)
         sites.between.append(x)
         sites.inputs.append(block.ln_2(x))
         sites.outputs.append(mlp(l, sites.inputs[-1]) if mlp else block.mlp(sites.inputs[-1]))
@@ -127,7 +137,7 @@ class Transcoder(nn.Module):
         return [self.scaled_output(m, features) / self.out_scale[m] for m in range(len(features))]
 
     def reader(self, l, f):
-        """Of a feature: the direction (C) in what the MLP reads, and the constant, that make its pre-activation."""
+        """Of a feature: the direction (C) and the constant that make its pre-activation: direction . x + constant."""
         return self.encoder[l, f] * self.in_scale[l], self.encoder_bias[l, f]
 
     def vectors(self, l, f):
@@ -163,8 +173,24 @@ def loss_of(transcoder, sites, variance, asleep, sparsity):
     return loss, torch.stack([(a > 0).flatten(0, -2).any(0) for a in features])
 
 
+def material(args, model):
+    """Tokens to learn from, an array that batch() cuts into windows, and what the quality is measured on: idx (N,T) and
+    targets (N,T)."""
+    T = model.config.block_size
+    if args.data == "addition":
+        if model.config.vocab_size != len(ALPHABET) or "layout" not in model.notes:
+            raise UserError(f"{args.model} was not trained on sums\npass text as --data, or a checkpoint of "
+                            "toy_addition.py as --model")
+        (idx, targets), (rows, held_out) = addition_data(model.notes["layout"]), split()
+        return np.append(idx[rows].numpy(), 0), idx[held_out], targets[held_out]    # a window is a sum
+    train_tokens, val_tokens, _ = load_data(args.data, encoding_of(model))
+    if min(len(train_tokens), len(val_tokens)) <= T:
+        raise UserError(f"{args.data} has too few tokens for windows of {T}\npass more text")
+    return train_tokens, *spread(val_tokens, T, args.windows)
+
+
 def train(model, tokens, args):
-    """A trained Transcoder, from args.out/last.pt on if it is there. Leaves log.csv and last.pt."""
+    """Train a Transcoder, going on from args.out/last.pt if it is there. Leaves log.csv and last.pt."""
     T, path = model.config.block_size, os.path.join(args.out, "last.pt")
     B = max(1, 1024 // T)
     transcoder = Transcoder(model.config.n_layer, model.config.n_embd, args.features, args.k, args.activation,
@@ -180,7 +206,7 @@ def train(model, tokens, args):
         variance = torch.stack([y.var(0).mean() for y in scaled])                    # (L)
     begun, rows, idle = 0, [], torch.zeros(model.config.n_layer, args.features, device=args.device)
     if os.path.exists(path):
-        saved = torch.load(path, map_location=args.device, weights_only=True)
+        saved = read(path, args.device)
         transcoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         begun, rows, idle, variance = (saved[name] for name in ("step", "rows", "idle", "variance"))
@@ -206,69 +232,79 @@ def train(model, tokens, args):
     return transcoder
 
 
-def load_transcoder(folder, model):
-    """The Transcoder that a run has left in its folder, if it fits the model."""
-    path = os.path.join(folder, "last.pt")
+def read(path, device):
+    """What a run has left in its last.pt."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        transcoder = Transcoder(**saved["options"])
+        saved = torch.load(path, map_location=device, weights_only=True)
+        return {name: saved[name] for name in ("model", "options", "step", "optimizer", "rows", "idle", "variance")}
     except BAD_PICKLE as error:
         raise UserError(f"{path} holds no transcoder\n{first_line(error)}") from error
+
+
+def load_transcoder(folder, model):
+    """The Transcoder that a run has left in its folder, if it fits the model."""
+    saved = read(os.path.join(folder, "last.pt"), "cpu")
     sizes, wanted = ([options[name] for name in ("layers", "width")] for options in (
         saved["options"], {"layers": model.config.n_layer, "width": model.config.n_embd}))
     if sizes != wanted:
         raise UserError(f"{folder} is the transcoder of another model: {sizes[0]} layers of width {sizes[1]}, not "
                         f"{wanted[0]} of {wanted[1]}\ntrain one with python -m extras.transcoder --model ...")
+    transcoder = Transcoder(**saved["options"]).requires_grad_(False)
     transcoder.load_state_dict(saved["model"])
     return transcoder
 
 
 @torch.no_grad()
-def quality(model, transcoder, tokens, windows, device):
-    """How good it is on `windows` validation windows: explained variance by layer (L), share of features that are never
+def quality(model, transcoder, idx, targets):
+    """How good it is on idx and targets (N,T): explained variance by layer (L), share of features that are never
     active, active features a token and layer, and the CE of the model, with features, and with means for MLPs."""
-    T, L = model.config.block_size, model.config.n_layer
-    starts = np.linspace(0, (len(tokens) - 1) // T - 1, windows).astype(int) * T
-    rows = torch.stack([window(tokens, s, T) for s in starts]).to(device)            # (N,T+1)
-    idx, targets = rows[:, :-1], rows[:, 1:]
-    sites = mlp_sites(model, idx)
-    features = [transcoder.encode(l, x) for l, x in enumerate(sites.inputs)]
-    means = [y.mean((0, 1)) for y in sites.outputs]
-    missed = [(y - guess).square().sum() for y, guess in zip(sites.outputs, transcoder.decode(features))]
-    spread = [(y - mean).square().sum() for y, mean in zip(sites.outputs, means)]
-    found = []
+    L, C, at_once = model.config.n_layer, model.config.n_embd, max(1, AT_ONCE // idx.shape[1])
+    parts = list(zip(idx.split(at_once), targets.split(at_once)))
+    totals, squares, missed = (torch.zeros(L, C, dtype=torch.float64, device=idx.device) for _ in range(3))
+    used = torch.zeros(L, transcoder.encoder.shape[1], device=idx.device)            # how often is a feature active?
+    for rows, _ in parts:
+        sites = mlp_sites(model, rows)
+        features = [transcoder.encode(l, x) for l, x in enumerate(sites.inputs)]
+        for l, (y, guess) in enumerate(zip(sites.outputs, transcoder.decode(features))):             # (B,T,C) each
+            totals[l] += y.double().sum((0, 1))
+            squares[l] += y.double().square().sum((0, 1))
+            missed[l] += (y - guess).double().square().sum((0, 1))
+            used[l] += (features[l] > 0).sum((0, 1))
+    means, found = totals / idx.numel(), []
+    variance = squares / idx.numel() - means.square()
 
     def features_for_mlp(l, x):
-        found[l:] = [transcoder.encode(l, x)]
+        found[l:] = [transcoder.encode(l, x)]    # and those of later layers, of the rows before, go
         return transcoder.scaled_output(l, found) / transcoder.out_scale[l]
 
     def ce(mlp):
-        return cross_entropy(model.unembed(mlp_sites(model, idx, mlp).last), targets).item()
+        return sum(cross_entropy(model.unembed(mlp_sites(model, rows, mlp).last), answers).item() * len(rows)
+                   for rows, answers in parts) / len(idx)
 
-    active = torch.stack([a > 0 for a in features])                                  # (L,N,T,F)
-    ces = {"ce": ce(None), "ce_features": ce(features_for_mlp), "ce_means": ce(lambda l, x: means[l].expand_as(x))}
-    return {"explained": [1 - (a / b).item() for a, b in zip(missed, spread)],
-            "dead": 1 - active.flatten(1, 2).any(1).double().mean().item(),
-            "active": active.double().sum(-1).mean().item(), **ces,
+    ces = {"ce": ce(None), "ce_features": ce(features_for_mlp),
+           "ce_means": ce(lambda l, x: means[l].to(x.dtype).expand_as(x))}
+    return {"explained": (1 - missed.sum(1) / idx.numel() / variance.sum(1)).tolist(),
+            "dead": (used == 0).double().mean().item(), "active": used.sum().item() / idx.numel() / L, **ces,
             "recovered": (ces["ce_means"] - ces["ce_features"]) / (ces["ce_means"] - ces["ce"])}
 
 
 def run(args):
     make_folder(args.out)
-    options, path = {**vars(args), "model": os.path.abspath(args.model)}, os.path.join(args.out, "args.json")
+    options, path = dict(vars(args)), os.path.join(args.out, "args.json")
+    for name in ("model", "data"):
+        if options[name] not in NAMES and os.path.exists(options[name]):
+            options[name] = os.path.abspath(options[name])
     if os.path.exists(path):
-        before = read_json(path)
-        differ = [name for name in options if name != "out" and before.get(name) != options[name]]
+        before, free = read_json(path), ("out", "device", "windows")    # these do not change what is learned
+        differ = [name for name in options if name not in free and before.get(name) != options[name]]
         if differ:
             raise UserError(f"{args.out} holds a run with other {', '.join(differ)}\npass another --out")
     args.device = pick_device(args.device)
     model = load_model(args.model).to(args.device).requires_grad_(False)
-    train_tokens, val_tokens, _ = load_data(args.data, encoding_of(model))
-    if min(len(train_tokens), len(val_tokens)) <= model.config.block_size:
-        raise UserError(f"{args.data} has too few tokens for windows of {model.config.block_size}\npass more text")
+    tokens, *unseen = material(args, model)
     write_json(path, options)    # after what may be a mistake: the line put right may use the same folder
-    transcoder = train(model, train_tokens, args)
-    found = quality(model, transcoder, val_tokens, args.windows, args.device)
+    transcoder = train(model, tokens, args)
+    found = quality(model, transcoder, *(t.to(args.device) for t in unseen))
     explained = "  ".join(f"{x:.3f}" for x in found["explained"])
     print(f"explained variance by layer    {explained}\n"
           f"active features                {found['active']:.1f} of {args.features} a token and layer, "
@@ -285,7 +321,7 @@ def main():
                                      description="A cross-layer transcoder: sparse features in place of all MLPs.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
-    parser.add_argument("--data", required=True, help="as --data of train.py")
+    parser.add_argument("--data", required=True, help="as --data of train.py, or addition")
     for name, kind, default, about in (
         ("--out", str, "runs/transcoder", "folder of the run"),
         ("--features", between(int, 1, 2**20), 1024, "of each layer"),
@@ -300,10 +336,7 @@ def main():
     parser.add_argument("--per-layer", action="store_true", help="features write to their own layer only")
     parser.add_argument("--activation", choices=("topk", "jump"), default="topk", help="which features are active")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="cuda if there is one, else cpu")
-    try:
-        run(parser.parse_args())
-    except (UserError, FloatingPointError, OSError) as error:
-        parser.error(str(error))
+    run_command(parser, run)
 
 
 if __name__ == "__main__":

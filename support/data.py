@@ -69,6 +69,14 @@ def window(tokens, start, T):
     return torch.from_numpy(tokens[start:start + T + 1].astype(np.int64))
 
 
+def spread(tokens, T, most):
+    """At most so many windows, evenly spread over all -> idx (N,T) and next tokens (N,T)."""
+    windows = (len(tokens) - 1) // T
+    starts = np.linspace(0, windows - 1, min(windows, most)).astype(int) * T
+    rows = torch.stack([window(tokens, s, T) for s in starts])       # (N,T+1)
+    return rows[:, :-1], rows[:, 1:]
+
+
 @lru_cache(maxsize=4)    # of two splits; a batch may reach into the next epoch
 def epoch_order(windows, seed, epoch):
     return torch.randperm(windows, generator=torch.Generator().manual_seed(1000 * seed + epoch))

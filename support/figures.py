@@ -2,11 +2,14 @@
 
 Colours are told apart in greyscale too: lines differ in style, maps go from white to dark.
 """
+import os
+
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")    # draws into files, needs no screen
 import matplotlib.pyplot as plt
+from matplotlib.animation import FuncAnimation, PillowWriter
 
 from support.files import replacing
 
@@ -45,6 +48,55 @@ def draw_attention(rows, causal, title, path, size=2.9):
     figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01, label="attention weight of the edge (boxed: gate open)")
     figure.suptitle(title)
     save(figure, path)
+
+
+def draw_film(rows, maps, queries, keys, causal, tau, title, path):
+    """A GIF of one sequence's attention while edges go, a frame for each evaluation; below it CE, lambda and edges.
+
+    rows: evaluations of toy_addition.train_sparse; maps: for each the weights (L,H,T,T); queries, keys: the T labels.
+    """
+    figure = plt.figure(figsize=(7.5, 6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
+    L, H, T, _ = maps[0].shape
+    panels, curves = top.subplots(1, L * H, squeeze=False)[0], bottom.subplots(1, 3)
+    for n, ax in enumerate(panels):
+        ax.set(title=f"layer {n // H}, head {n % H}", xlabel="position read", facecolor="0.88")
+        ax.set_xticks(range(T), keys)
+        ax.set_yticks(range(T), queries, fontsize=7)
+        ax.tick_params(length=0)
+    steps, dots = [row["step"] for row in rows], []
+    for ax, (column, label) in zip(curves, (("hard_ce", "CE (nats per digit)"), ("lam", "lambda"),
+                                            ("active", "active edges"))):
+        values = [row[column] for row in rows]
+        ax.plot(steps, values, "k", lw=1)
+        ax.set(yscale="log", ylim=(min(values) / 1.5, 1.5 * max(values)))
+        dots.append((ax.plot([], [], "o", color="C3")[0], column))
+        ax.set_xlabel("step")
+        ax.set_title(label, fontsize=9)
+    curves[0].axhline(tau, color="C3", ls="--", lw=1)
+    curves[2].set(yscale="linear", ylim=(0, None))
+
+    def draw(frame):
+        figure.suptitle(f"{title}: step {steps[frame]:,}, {rows[frame]['active']:.1f} edges in the mean")
+        for ax, weights in zip(panels, maps[frame].flatten(0, 1).numpy()):
+            for old in [*ax.images, *ax.patches]:
+                old.remove()
+            if causal:
+                weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
+            ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+            for i, j in np.argwhere(np.ma.filled(weights, 0) > 0):
+                ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1))
+        for dot, column in dots:
+            dot.set_data([steps[frame]], [rows[frame][column]])
+
+    draw(0)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")    # all frames share one layout, which takes longer than the drawing
+    with replacing(path) as temporary:
+        film = FuncAnimation(figure, draw, [*range(len(rows)), *[len(rows) - 1] * 4])    # the last one stays a while
+        film.save(f"{temporary}.gif", PillowWriter(fps=4), dpi=80)
+        os.replace(f"{temporary}.gif", temporary)
+    plt.close(figure)
 
 
 def draw_training(dense, sparse, tau, path):

@@ -30,6 +30,15 @@ def between(kind, low, high):
     return parse
 
 
+def run_command(parser, function):
+    """What function(args) returns, args from the command line. A user's mistake ends in its message and exit code 2."""
+    args = parser.parse_args()
+    try:
+        return function(args)
+    except (UserError, FloatingPointError, OSError) as error:
+        parser.error(str(error))
+
+
 def pick_device(name=None):
     """The name of a device that this machine has: `name`, or without one cuda, else cpu."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -7,9 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from exercises import check_constraint
+import gates
+import toy_addition as toy
+from exercises import check_constraint, tour
 from geco import Geco
+from model import GPT
+from support.weights import save_checkpoint
 
 FOLDER = Path(__file__).parent.parent / "exercises"
 CHECKS = sorted(FOLDER.glob("check_*.py"))
@@ -24,7 +29,7 @@ def run(*arguments):
 def test_the_projects_own_functions_are_right_answers():
     code, output = run(*CHECKS, "--reference")
     assert code == 0, output[-3000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) >= 45
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 56
 
 
 def test_every_check_of_every_stub_fails_for_want_of_an_answer():
@@ -36,10 +41,34 @@ def test_every_check_of_every_stub_fails_for_want_of_an_answer():
 
 def test_every_exercise_is_listed_with_its_check():
     listed = set(re.findall(r"`(\w+)\.py`", (FOLDER / "README.md").read_text()))
-    stubs = {path.stem for path in FOLDER.glob("*.py")} - {"conftest", "__init__"} - {path.stem for path in CHECKS}
+    stubs = {path.stem for path in FOLDER.glob("*.py")} - {"conftest", "__init__", "tour", *(c.stem for c in CHECKS)}
     assert listed >= stubs == {path.stem.removeprefix("check_") for path in CHECKS}
     for name in stubs:
         assert "raise NotImplementedError" in (FOLDER / f"{name}.py").read_text()
+
+
+def test_the_tour_walks_through_a_trained_toy(tmp_path, monkeypatch, capsys):
+    """Its numbers for one row against the plain definition, and a line of code at every step."""
+    monkeypatch.setattr(sys, "argv", ["tour", "--run", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        tour.main()
+    assert stopped.value.code == 2 and "run python toy_addition.py first" in capsys.readouterr().err
+    for name, gated in (("dense", False), ("sparse", True)):
+        model = GPT(toy.toy_config(gated=gated, gate_bias=0.0), generator=torch.Generator().manual_seed(3))
+        save_checkpoint(model, tmp_path / f"{name}.pt", layout="reversed")
+    (tmp_path / "log.csv").write_text("step,seen,lam,active\n250,0.5,1.5,30\n500,0.25,3,20\n")
+    tour.main()
+    printed = capsys.readouterr().out
+    model, idx = GPT.from_pretrained(tmp_path / "sparse.pt"), toy.addition_data()[0][[3628]]
+    q, k, v = model.h[0].attn.heads(model.h[0].ln_1(model.embed(idx)))
+    y, expected, active = gates.sparse_attention(q, k, v, 0.0)
+    begins = ", ".join(f"{x:.3f}" for x in y[0, 0, 7, :3])
+    assert f"from these weights y begins {begins}; gates.py says {begins}" in printed
+    assert f"{active.item():.1%} are open; expected were {expected.item():.1%}" in printed
+    quoted = re.findall(r"^    (\w+\.py):(\d+)    (.+)$", printed, re.M)
+    assert len(quoted) == 11 and (tmp_path / "tour.png").read_bytes().startswith(b"\x89PNG")
+    for file, number, line in quoted:
+        assert (FOLDER.parent / file).read_text().splitlines()[int(number) - 1].strip() == line
 
 
 # ---- wrong answers to exercise 4, with one mistake each

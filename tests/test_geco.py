@@ -128,11 +128,11 @@ def test_state_round_trip_is_plain_numbers_and_goes_on_alike():
 
 
 @pytest.mark.parametrize("ce", [math.nan, math.inf, torch.tensor(math.nan)])
-def test_a_loss_that_is_no_number_says_at_which_step(ce):
+def test_a_loss_that_is_no_number_says_at_which_update(ce):
     geco = Geco(tau=1.0)
     geco.update(1.0)
     before = geco.state_dict()
-    with pytest.raises(FloatingPointError, match="at step 1"):
+    with pytest.raises(FloatingPointError, match="at update 1"):
         geco.update(ce)
     assert geco.state_dict() == before
 

@@ -1,4 +1,4 @@
-"""README.md against the project: the lines of code it shows, its file list, its pictures, the options it names."""
+"""The pages against the project: the lines of code they show, the file list, pictures, links, the options they name."""
 import re
 import runpy
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXERCISES = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+PATHS = [ROOT / "README.md", ROOT / "exercises" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
 
 
 def section(title):
@@ -16,7 +17,11 @@ def section(title):
 
 
 def test_nothing_is_left_open():
-    assert "@@" not in README + EXERCISES
+    assert "@@" not in TEXT
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 200
 
 
 def test_the_lines_of_the_method_are_in_the_code():
@@ -36,15 +41,30 @@ def test_the_file_list_is_complete_and_its_lines_are_counted():
 
 
 def test_the_pictures_are_there_and_none_is_left_over():
-    shown = set(re.findall(r"\]\((assets/[^)]+)\)", README))
+    shown = set(re.findall(r"!\[[^\]]+\]\((?:\.\./)?(assets/[^)]+)\)", TEXT))
     assert shown == {path.relative_to(ROOT).as_posix() for path in (ROOT / "assets").iterdir()}
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python (\w+\.py|-m extras\.\w+)", README + EXERCISES))))
+def anchors(text):
+    """What a heading is called in a link: small letters, spaces become hyphens, other signs go."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python (\w+\.py|-m extras\.\w+)", TEXT))))
 def test_the_options_are_options(command, monkeypatch, capsys):
-    """Every --option that README names in a command is one of that command."""
+    """Every --option that a page names in a command is one of that command."""
     used = set()
-    for line in re.findall(rf"python {command}((?:\\\n|[^\n`#|])*)", README + EXERCISES):
+    for line in re.findall(rf"python {command}((?:\\\n|[^\n`#|])*)", TEXT):
         used |= set(re.findall(r"--[a-z-]+", line.partition("&&")[0]))
     monkeypatch.setattr("sys.argv", [command, "--help"])
     with pytest.raises(SystemExit) as stopped:

@@ -13,6 +13,7 @@ import torch
 import toy_addition as toy
 from geco import Geco
 from model import GPT
+from support.figures import draw_film
 from support.files import UserError, make_folder
 
 ROOT = Path(toy.__file__).parent
@@ -109,7 +110,7 @@ def test_evaluate_counts_sums_and_edges():
 
 
 @pytest.mark.parametrize("hard_ce, accuracy, kept", [
-    (0.01, 1.0, True), (0.0151, 1.0, False), (0.01, 0.9991, True), (0.01, 0.9989, False), (math.nan, 1.0, False)])
+    (0.01, 1.0, True), (0.0151, 1.0, False), (0.015, 1.0, True), (0.01, 0.9999, False), (math.nan, 1.0, False)])
 def test_few_wrong_sums_are_not_outweighed_by_many_sure_ones(hard_ce, accuracy, kept):
     assert toy.meets_constraint({"hard_ce": hard_ce, "accuracy": accuracy}, 0.015) == kept
 
@@ -133,7 +134,7 @@ def by_hand(model, idx, targets, steps, tau, rate, decay, lam_range, history, se
             for (name, p), g in zip(params.items(), gradients):
                 first[name] = 0.9 * first[name] + 0.1 * g
                 second[name] = 0.95 * second[name] + 0.05 * g * g
-                p *= 1 - lr * (4.0 if name.endswith("c_attn.weight") else 0.01)
+                p *= 1 - lr * (3.0 if name.endswith("c_attn.weight") else 0.01)
                 p -= lr * (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.95**t)).sqrt() + 1e-8)
         if t % 10 == 0 or t == steps:
             now = {name: p.detach().clone() for name, p in params.items()}
@@ -185,13 +186,13 @@ def test_a_broken_loss_says_when_and_what_to_do(phase):
 
 
 def test_the_dense_phase_goes_on_until_every_sum_is_right(monkeypatch):
-    """All right at step 750 and at 3,250: the first is too early. The model is a stand-in without attention, for speed."""
+    """For five evaluations in a row, from step 1,500 on; four are too few. The model is a stand-in without attention."""
     idx, targets = toy.addition_data()
-    found = iter([0.9, 0.9, 1.0] + 8 * [0.9] + [0.9999, 1.0])
+    found = iter([1.0, 1.0, 1.0, 1.0, 0.9999] + 5 * [1.0])
     monkeypatch.setattr(toy, "evaluate", lambda *_: {"accuracy": next(found)})
     monkeypatch.setattr(GPT, "forward", lambda model, *_: types.SimpleNamespace(loss=model.wte.weight.square().mean()))
     history = toy.train_dense(GPT(toy.toy_config()), idx, targets, 10_000)
-    assert len(history) == 3250 and [row["step"] for row in history if "accuracy" in row] == list(range(250, 3251, 250))
+    assert len(history) == 2500 and [row["step"] for row in history if "accuracy" in row] == list(range(250, 2501, 250))
 
 
 def test_the_dense_phase_leaves_the_average_of_its_weights(monkeypatch):
@@ -242,10 +243,11 @@ def test_training_finds_the_edges_of_a_task_whose_edges_are_known():
     model.set_gates(True, 0.0)
     history = toy.train_sparse(model, idx, targets, 500, toy.toy_geco(0.01))
     found = toy.evaluate(model, idx, targets)
-    assert toy.meets_constraint(found, 0.01) and found["active"] < 15
+    assert found["hard_ce"] < 0.01 and found["accuracy"] > 0.99 and found["active"] < 15
     assert [row["step"] for row in history if "active" in row] == [250, 500]
     evaluations = [row for row in history if "active" in row and toy.meets_constraint(row, 0.01)]
-    assert found == pytest.approx({name: min(evaluations, key=lambda row: row["active"])[name] for name in found})
+    kept = min(evaluations or history[-1:], key=lambda row: row["active"])
+    assert found == pytest.approx({name: kept[name] for name in found})
     open_in_most = (model.attention_maps(idx[::97]) > 0).float().mean(1).amax((0, 1)) > 0.5    # (T,T)
     assert all(open_in_most[slot, digit] for slot, digit in ((6, 0), (7, 1), (8, 4)))
 
@@ -272,8 +274,28 @@ def test_the_command_writes_what_it_promises(tmp_path):
     found = toy.evaluate(sparse, idx[toy.split()[1]], targets[toy.split()[1]])
     assert found["active"] == pytest.approx(summary["active_edges_per_example"], rel=1e-6)
     assert not GPT.from_pretrained(out / "dense.pt").config.gated
-    for picture in ("addition.png", "training.png"):
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    for picture, begins in (("addition.png", b"\x89PNG"), ("training.png", b"\x89PNG"), ("addition.gif", b"GIF89a")):
+        assert (out / picture).read_bytes().startswith(begins)
+
+
+def test_the_film_has_a_frame_for_each_evaluation(tmp_path):
+    """Counted in the file: each frame begins with a graphic control extension. It stays small, and --no-gif has none."""
+    idx, targets = (t[::20] for t in toy.addition_data())
+    model, frames, seen = GPT(toy.toy_config(gated=True, gate_bias=0.0)), [], []
+
+    def watch(averaged):
+        frames.append(averaged.attention_maps(idx[181][None])[:, 0])
+        seen.append(toy.evaluate(averaged, idx, targets)["active"])
+
+    history = toy.train_sparse(model, idx, targets, 255, toy.toy_geco(0.01), watch=watch)
+    rows = [row for row in history if "active" in row]
+    assert [row["step"] for row in rows] == [250, 255] and seen == [row["active"] for row in rows]
+    draw_film(rows, frames, ["q"] * 9, "36+28=???", True, 0.01, "36 + 28", tmp_path / "film.gif")
+    film = (tmp_path / "film.gif").read_bytes()
+    assert film.startswith(b"GIF89a") and film.count(b"\x21\xf9\x04") >= 2 and len(film) < 200_000
+    assert [path.name for path in tmp_path.iterdir()] == ["film.gif"]
+    code, _, stderr = command("--no-gif", "--dense-steps", "5", "--steps", "5", "--out", str(tmp_path / "out"))
+    assert code == 1 and not (tmp_path / "out" / "addition.gif").exists(), stderr
 
 
 @pytest.mark.parametrize("arguments, message", [

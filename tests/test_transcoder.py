@@ -6,6 +6,7 @@ import torch
 
 from extras import transcoder as X
 from model import GPT, GPTConfig
+from support.data import byte_encoding, load, spread
 from support.files import UserError
 from support.weights import save_checkpoint
 
@@ -116,10 +117,10 @@ def test_the_command_learns_and_says_how_well(tiny, tmp_path, monkeypatch, capsy
     found, printed = json.loads((tmp_path / "a" / "summary.json").read_text()), capsys.readouterr().out
     model = GPT.from_pretrained(tiny / "model.pt")
     made = X.load_transcoder(str(tmp_path / "a"), model)
-    _, val, _ = X.load_data(str(tiny / "text.txt"), X.encoding_of(model))
-    before = X.quality(model, X.Transcoder(2, 16, 40, 6), val, 8, "cpu")
+    unseen = spread(load(str(tiny / "text.txt"), byte_encoding())[1], 16, 8)
+    before = X.quality(model, X.Transcoder(2, 16, 40, 6), *unseen)
     assert min(found["explained"]) > max(before["explained"]) and found["explained"][0] > 0.3
-    again = X.quality(model, made, val, 8, "cpu")
+    again = X.quality(model, made, *unseen)
     assert again.pop("explained") == pytest.approx(found["explained"])
     assert again == pytest.approx({name: found[name] for name in again})
     gap = found["ce_means"] - found["ce"]
@@ -156,7 +157,8 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, tmp_path, monkeypatch,
 def test_what_is_no_transcoder_of_the_model_is_told(tmp_path):
     other = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12))
     made = X.Transcoder(3, 12, 8)
-    torch.save({"model": made.state_dict(), "options": made.options}, tmp_path / "last.pt")
+    rest = dict.fromkeys(("step", "optimizer", "rows", "idle", "variance"))
+    torch.save({"model": made.state_dict(), "options": made.options, **rest}, tmp_path / "last.pt")
     with pytest.raises(UserError, match="another model: 3 layers of width 12, not 2 of 12\ntrain one"):
         X.load_transcoder(str(tmp_path), other)
     (tmp_path / "last.pt").write_bytes(b"PK")

@@ -1,0 +1,27 @@
+"""10. Restored or kept? Two directions of patching heads (40 minutes)
+
+How much of a task do the k best heads carry? Two experiments answer, and their answers differ:
+    restored   the corrupted run, in which k heads get the z that they have on the clean sentence
+    kept       the clean run, in which all heads but k get the z that they have on the corrupted sentence
+
+`patching.outputs(model, tokens)[0]` is the z of all heads, (N,L,H,T,D). The logits of a run on tokens, in which the
+heads with chosen[n,l,h] = True have their z from `z`, are `patching.run_with_heads(model, tokens, z, chosen)`.
+
+Before you write: the last head of a model copies the right name to the output. What share of the effect has it alone if
+it is restored? If it is kept, and the heads whose result it copies are not? Which experiment can tell a model that
+needs 5 heads from one that needs 100?
+"""
+
+
+def restored(model, clean, corrupt, metric, order):
+    """(L*H+1): the share of the effect of the first k heads of order, k = 0 to all: (m_k - m_0) / (m_clean - m_0).
+
+    m_k: the mean of metric(logits) over sentences in the corrupted run with k heads restored; m_clean: in the plain
+    clean run. order: head numbers l * H + h, best first.
+    """
+    raise NotImplementedError
+
+
+def kept(model, clean, corrupt, metric, order):
+    """(L*H+1): the same with k heads kept, all others corrupted in the clean run: (m_k - m_0) / (m_all - m_0)."""
+    raise NotImplementedError

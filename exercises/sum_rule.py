@@ -1,0 +1,19 @@
+"""11. What does each edge carry? The sum rule of attention attribution (30 minutes)
+
+Hold the attention pattern P = A * softmax fixed. Then a head is linear in its values: z_i = sum_j P_ij v_j. If a later
+number y has the gradient G_i with respect to z_i, then to first order the heads add to y what their edges carry,
+    c_ij = P_ij  G_i . v_j
+
+Before you write: what does an edge with a closed gate carry? Why can one add up c over j, over i, over heads, and
+always get the effect of that part alone? What does this sum *not* see: what if another value opened a gate?
+"""
+
+
+def carried(pattern, v, gradient):
+    """(H,T,T): what each head carries from key j to query i, at [h,i,j]. pattern (H,T,T), v and gradient (H,T,D)."""
+    raise NotImplementedError
+
+
+def strongest_key(pattern, v, gradient):
+    """(head, key): the pair that carries most, by the absolute value of its sum over queries."""
+    raise NotImplementedError
