@@ -1,4 +1,4 @@
-"""A walk through the method on one sum, in five minutes: each step with the line of code that it comes from.
+"""A walk through the method on one sum, five minutes to read: each step with the line of code that it comes from.
 
     python toy_addition.py && python -m exercises.tour [--run runs/addition] [--a 36 --b 28]
 
@@ -24,7 +24,7 @@ SLOT = 7    # the tens slot of the layout that is read from left to right
 
 
 def quote(file, begins):
-    """The line of a file that begins so, with its number: '    gates.py:69    scores = ...'."""
+    """The line of a file that begins so, with its number, as '    gates.py:61    scores = ...'."""
     for n, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), 1):
         if line.strip().startswith(begins):
             return f"    {file}:{n}    {line.strip()}"
@@ -50,17 +50,17 @@ def show_row(model, idx, keys):
     q, k, v, b = first_layer(model, idx)
     scores = (q @ k.mT / math.sqrt(q.shape[-1]))[0, 0, SLOT, :SLOT + 1]                  # (T') keys up to itself
     g = scores + b[0]
-    say("2. What does the tens slot look at? Its score for each key, in layer 0", row("reads", keys, "{:>7}"),
+    say("2. What does the tens slot look at? Its score for each key, in layer 0", row("key", keys, "{:>7}"),
         row("score s", scores), quote("gates.py", "scores = q.to"))
     torch.manual_seed(0)
     draws = [sample_gates(g, sample=True) for _ in range(3)]
     say("3. Each edge has a gate, open with probability sigmoid(s + b). Training draws it",
         row("probability", g.sigmoid()), *(row(f"draw {n}", draw, "{:7.0f}") for n, draw in enumerate(draws, 1)),
-        quote("gates.py", "g = g + torch.logit"))
+        quote("gates.py", "g = g + torch.logit"), "    The gradient is that of the sigmoid, although the value is a bit:",
+        quote("gates.py", "return hard + "))
     hard = sample_gates(g, sample=False)
     say("4. Evaluation does not draw: open where s + b > 0", row("gate A", hard, "{:7.0f}"),
-        quote("gates.py", "hard = "), "    The gradient is that of the sigmoid, although the value is a bit:",
-        quote("gates.py", "return hard + "))
+        quote("gates.py", "hard = "))
     weights = scores.softmax(0)
     y, expected, active = sparse_attention(q, k, v, b)
     by_hand = (hard * weights) @ v[0, 0, :SLOT + 1]
@@ -68,7 +68,7 @@ def show_row(model, idx, keys):
         row("A * softmax", hard * weights), quote("gates.py", "y = (gates"),
         f"    from these weights y begins {', '.join(f'{x:.3f}' for x in by_hand[:3])}; "
         f"gates.py says {', '.join(f'{x:.3f}' for x in y[0, 0, SLOT, :3])}",
-        f"    of all {len(keys) * (len(keys) + 1) // 2} edges of this layer {active[0, 0]:.1%} are open; expected were "
+        f"    of all {idx.shape[1] * (idx.shape[1] + 1) // 2} edges of this layer {active[0, 0]:.1%} are open; expected were "
         f"{expected[0, 0]:.1%}, and this is what training penalises:", quote("gates.py", "expected = "))
 
 
@@ -76,7 +76,7 @@ def show_carry(model, a, b):
     """The tens slot of layer 1, for this sum and for one whose units carry if these do not."""
     idx, other = addition_data()[0], b - b % 10 + (0 if a % 10 + b % 10 >= 10 else 9 if a % 10 else b % 10)
     lines = []
-    for second in (b, other):
+    for second in dict.fromkeys((b, other)):    # with a units digit of 0 no sum carries
         open_keys = model.attention_maps(idx[100 * a + second][None])[1, 0, 0, SLOT].nonzero()[:, 0].tolist()
         read = ", ".join("the units slot" if n == 6 else f"position {n}" for n in open_keys) or "nothing"
         carries = "carry" if a % 10 + second % 10 >= 10 else "do not carry"
@@ -111,7 +111,7 @@ def tour(args):
     say(f"1. The sum {args.a} + {args.b} is read as {question}; the answer stands backwards in the last slots",
         f"    right is {answer}, the dense model says {found[0]}, the sparse one {found[1]}",
         quote("toy_addition.py", "return f\"{a:02d}+"))
-    show_row(sparse, idx, question[:SLOT + 1])
+    show_row(sparse, idx, [*question[:6], "units", "tens"])
     show_carry(sparse, args.a, args.b)
     show_lambda(paths[2])
     labels = [*question[:6], *places("reversed")]

@@ -9,7 +9,7 @@ import numpy as np
 
 matplotlib.use("Agg")    # draws into files, needs no screen
 import matplotlib.pyplot as plt
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.animation import PillowWriter
 
 from support.files import replacing
 
@@ -62,19 +62,19 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
     for n, ax in enumerate(panels):
         ax.set(title=f"layer {n // H}, head {n % H}", xlabel="position read", facecolor="0.88")
         ax.set_xticks(range(T), keys)
-        ax.set_yticks(range(T), queries, fontsize=7)
+        ax.set_yticks(range(T), queries if n == 0 else [""] * T, fontsize=7)
         ax.tick_params(length=0)
     steps, dots = [row["step"] for row in rows], []
     for ax, (column, label) in zip(curves, (("hard_ce", "CE (nats per digit)"), ("lam", "lambda"),
                                             ("active", "active edges"))):
         values = [row[column] for row in rows]
+        ax.set_yscale("log" if column != "active" else "linear")
         ax.plot(steps, values, "k", lw=1)
-        ax.set(yscale="log", ylim=(min(values) / 1.5, 1.5 * max(values)))
+        ax.set_ylim(min(values) / 1.5 if column != "active" else 0, 1.5 * max(values))
         dots.append((ax.plot([], [], "o", color="C3")[0], column))
         ax.set_xlabel("step")
         ax.set_title(label, fontsize=9)
     curves[0].axhline(tau, color="C3", ls="--", lw=1)
-    curves[2].set(yscale="linear", ylim=(0, None))
 
     def draw(frame):
         figure.suptitle(f"{title}: step {steps[frame]:,}, {rows[frame]['active']:.1f} edges in the mean")
@@ -92,9 +92,12 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
     draw(0)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")    # all frames share one layout, which takes longer than the drawing
+    writer = PillowWriter(fps=4)
     with replacing(path) as temporary:
-        film = FuncAnimation(figure, draw, [*range(len(rows)), *[len(rows) - 1] * 4])    # the last one stays a while
-        film.save(f"{temporary}.gif", PillowWriter(fps=4), dpi=80)
+        with writer.saving(figure, f"{temporary}.gif", dpi=80):
+            for frame in [*range(len(rows)), *[len(rows) - 1] * 4]:    # the last one stays a while
+                draw(frame)
+                writer.grab_frame()
         os.replace(f"{temporary}.gif", temporary)
     plt.close(figure)
 
