@@ -56,7 +56,7 @@ def show_row(model, idx, keys):
     draws = [sample_gates(g, sample=True) for _ in range(3)]
     say("3. Each edge has a gate, open with probability sigmoid(s + b). Training draws it",
         row("probability", g.sigmoid()), *(row(f"draw {n}", draw, "{:7.0f}") for n, draw in enumerate(draws, 1)),
-        quote("gates.py", "g = g + torch.logit"), "    The gradient is that of the sigmoid, although the value is a bit:",
+        quote("gates.py", "g = g + torch.logit"), "    The gradient is the sigmoid's, although the value is a bit:",
         quote("gates.py", "return hard + "))
     hard = sample_gates(g, sample=False)
     say("4. Evaluation does not draw: open where s + b > 0", row("gate A", hard, "{:7.0f}"),
@@ -68,8 +68,8 @@ def show_row(model, idx, keys):
         row("A * softmax", hard * weights), quote("gates.py", "y = (gates"),
         f"    from these weights y begins {', '.join(f'{x:.3f}' for x in by_hand[:3])}; "
         f"gates.py says {', '.join(f'{x:.3f}' for x in y[0, 0, SLOT, :3])}",
-        f"    of all {idx.shape[1] * (idx.shape[1] + 1) // 2} edges of this layer {active[0, 0]:.1%} are open; expected were "
-        f"{expected[0, 0]:.1%}, and this is what training penalises:", quote("gates.py", "expected = "))
+        f"    of all {idx.shape[1] * (idx.shape[1] + 1) // 2} edges of this layer {active[0, 0]:.1%} are open; "
+        f"expected were {expected[0, 0]:.1%}, and this is what training penalises:", quote("gates.py", "expected = "))
 
 
 def show_carry(model, a, b):

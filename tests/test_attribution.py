@@ -131,7 +131,8 @@ def test_the_split_of_a_score_sums_to_it(kind):
 
 def test_pruning_by_counting_paths():
     """Four nodes in a row of known shares: 0 -> 1 -> 3, 2 -> 3 (an error), and 0 -> 3."""
-    nodes = [A.Node("embedding", 0, 0, 5), A.Node("feature", 0, 0, 1), A.Node("error", 0, 0, 0), A.Node("logit", 1, 0, 2)]
+    nodes = [A.Node(kind, layer, 0, index) for kind, layer, index in (
+        ("embedding", 0, 5), ("feature", 0, 1), ("error", 0, 0), ("logit", 1, 2))]
     edges = torch.zeros(4, 4, dtype=torch.float64)
     edges[0, 1], edges[1, 3], edges[2, 3], edges[0, 3] = -2.0, 3.0, -1.0, 4.0
     graph = A.Graph(nodes, edges, torch.zeros(4), torch.zeros(4))

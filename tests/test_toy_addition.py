@@ -186,7 +186,8 @@ def test_a_broken_loss_says_when_and_what_to_do(phase):
 
 
 def test_the_dense_phase_goes_on_until_every_sum_is_right(monkeypatch):
-    """For five evaluations in a row, from step 1,500 on; four are too few. The model is a stand-in without attention."""
+    """For five evaluations in a row, from step 1,500 on: four are too few. The model is a stand-in without attention.
+    """
     idx, targets = toy.addition_data()
     found = iter([1.0, 1.0, 1.0, 1.0, 0.9999] + 5 * [1.0])
     monkeypatch.setattr(toy, "evaluate", lambda *_: {"accuracy": next(found)})
@@ -279,7 +280,7 @@ def test_the_command_writes_what_it_promises(tmp_path):
 
 
 def test_the_film_has_a_frame_for_each_evaluation(tmp_path):
-    """Counted in the file: each frame begins with a graphic control extension. It stays small, and --no-gif has none."""
+    """Counted in the file: a frame begins with a graphic control extension. It stays small, and --no-gif has none."""
     idx, targets = (t[::20] for t in toy.addition_data())
     model, frames, seen = GPT(toy.toy_config(gated=True, gate_bias=0.0)), [], []
 
