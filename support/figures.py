@@ -70,7 +70,7 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
         values = [row[column] for row in rows]
         ax.set_yscale("log" if column != "active" else "linear")
         ax.plot(steps, values, "k", lw=1)
-        ax.set_ylim(min(values) / 1.5 if column != "active" else 0, 1.5 * max(values))
+        ax.set_ylim(min(values) / 1.5 if column != "active" else 0, 1.5 * max(values) or 1)    # not 0 to 0
         dots.append((ax.plot([], [], "o", color="C3")[0], column))
         ax.set_xlabel("step")
         ax.set_title(label, fontsize=9)
