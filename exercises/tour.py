@@ -39,15 +39,11 @@ def row(name, values, form="{:7.2f}"):
     return f"    {name:12}" + "".join(form.format(v) for v in values)
 
 
-def first_layer(model, idx):
-    """q, k, v (1,1,T,D) of layer 0, and its thresholds b."""
-    block = model.h[0]
-    return (*block.attn.heads(block.ln_1(model.embed(idx))), block.attn.gate_bias)
-
-
 def show_row(model, idx, keys):
     """The tens slot of layer 0: scores, gates, weights, output."""
-    q, k, v, b = first_layer(model, idx)
+    block = model.h[0]
+    q, k, v = block.attn.heads(block.ln_1(model.embed(idx)))                             # (1,1,T,D) each
+    b = block.attn.gate_bias
     scores = (q @ k.mT / math.sqrt(q.shape[-1]))[0, 0, SLOT, :SLOT + 1]                  # (T') keys up to itself
     g = scores + b[0]
     say("2. What does the tens slot look at? Its score for each key, in layer 0", row("key", keys, "{:>7}"),

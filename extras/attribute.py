@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from extras.attribution import Frozen, influence, prune, shares
+from extras.attribution import Frozen, importance, prune
 from extras.circuits import same_shape
 from extras.figures import draw_carriers, draw_graphs
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
-from extras.transcoder import load_transcoder, mlp_sites
+from extras.transcoder import FREE, load_transcoder, mlp_sites
 from support.data import load as load_data, spread
 from support.files import UserError, between, make_folder, read_json, run_command, write_json
 from toy_addition import addition_data, split as split_sums
@@ -102,7 +102,7 @@ def carriers(frozen, graph):
     carries of them from each key to each query, (E,L,H,T,T), by how much each counts, (E), and the share of all that
     crosses positions which they are."""
     position = torch.tensor([node.position for node in graph.nodes])
-    counts = shares(graph.edges) * influence(graph.edges) * (position[:, None] != position)      # (S,S)
+    counts = importance(graph.edges) * (position[:, None] != position)      # (S,S)
     best = counts.flatten().topk(EDGES)
     chosen = best.indices[best.values > 0].tolist()
     c = frozen.patterns.new_zeros(len(chosen), *frozen.patterns.shape)
@@ -141,13 +141,13 @@ def falls(model, tokens, target, keep, patterns, mass, rng):
     used = (patterns.sum(2) > 0).flatten()                                           # (L*H*T) read by some query
     top = [n for n in order[:ABLATED] if mass.flatten()[n] > 0]
     others = [n for n in order if used[n] and n not in top]
-    few = min(len(top), len(others))
+    few, whole = min(len(top), len(others)), log_p(model, tokens, keep)
 
     def fall(chosen):
         closed = torch.ones(mass.numel())
         closed[torch.as_tensor(chosen)] = 0
         left = log_p(model, tokens, keep * closed.view_as(mass)[:, :, None])
-        return (log_p(model, tokens, keep) - left)[target].item()
+        return (whole - left)[target].item()
 
     if not few:
         return None, None
@@ -212,7 +212,7 @@ def print_sums(by_arm, prompts, L, H):
 
 def strongest(graph):
     """The edges of a picture, [(source, target, count, with the edge's sign), ...], after pruning."""
-    counts = shares(graph.edges) * influence(graph.edges) * prune(graph)[1]
+    counts = importance(graph.edges) * prune(graph)[1]
     best = counts.flatten().topk(min(DRAWN, counts.numel()))
     pairs = [divmod(n, len(graph.nodes)) for n in best.indices[best.values > 0].tolist()]
     return [(graph.nodes[s], graph.nodes[t], (counts[s, t] * graph.edges[s, t].sign()).item()) for s, t in pairs]
@@ -221,7 +221,7 @@ def strongest(graph):
 def compare(args):
     folders = {"dense": args.dense, "sparse": args.sparse}
     runs = {name: read_json(os.path.join(folder, "args.json")) for name, folder in folders.items()}
-    differ = [name for name in runs["dense"] if name not in ("model", "out", "device", "windows")
+    differ = [name for name in runs["dense"] if name not in ("model", *FREE)
               and runs["dense"][name] != runs["sparse"].get(name)]
     if differ:
         raise UserError(f"{args.dense} and {args.sparse} were trained with other {', '.join(differ)}\n"
@@ -234,7 +234,7 @@ def compare(args):
     prompts, targets = prompts_of(list(models.values()), data, args.prompts, args.length, args.seed)
     make_folder(args.out)
     arms = {"dense": "dense", "sparse": "sparse", "cut": "dense"}    # whose weights
-    found, numbers, graphs = ({arm: [] for arm in arms} for _ in range(3))
+    found, numbers, graphs = {arm: [] for arm in arms}, {arm: [] for arm in arms}, {}
     rng = np.random.default_rng(args.seed)
     for tokens, target in zip(tqdm(prompts, desc="prompts"), targets.tolist()):
         is_open = models["sparse"].attention_maps(tokens[None])[:, 0] > 0            # (L,H,T,T)
@@ -244,7 +244,7 @@ def compare(args):
             graph, shared, named = measure(models[of], transcoders[of], tokens, target, keep[arm], args.most, rng)
             found[arm].append(shared)
             numbers[arm].append(named)
-            graphs[arm].append(strongest(graph))
+            graphs.setdefault(arm, graph)    # of the first prompt, for the picture
     table = {}
     for arm, of in arms.items():
         table[arm] = {"explained variance": float(np.mean(quality[of]["explained"])),
@@ -256,7 +256,7 @@ def compare(args):
     labels = [repr(encoding.decode([t]))[1:-1] for t in prompts[0].tolist()] if encoding else PLACES
     title = f"{args.prompts} prompts of {prompts.shape[1]} tokens, their {EDGES} strongest edges across positions"
     draw_carriers(table, UNITS, title, os.path.join(args.out, "carriers.png"))
-    draw_graphs({arm: graphs[arm][0] for arm in ("dense", "sparse")}, labels, config.n_layer,
+    draw_graphs({arm: strongest(graphs[arm]) for arm in ("dense", "sparse")}, labels, config.n_layer,
                 "What the next token comes from: the edges that count most", os.path.join(args.out, "graph.png"))
     write_json(os.path.join(args.out, "attribution.json"), {"options": vars(args), **table})
     print(f"\nattribution.json, carriers.png and graph.png are in {args.out}")

@@ -235,6 +235,11 @@ def influence(edges):
     return weight
 
 
+def importance(edges):
+    """(S,S): by how much each edge counts for the logit, over all paths that it is on."""
+    return shares(edges) * influence(edges)
+
+
 def prune(graph, node_share=0.8, edge_share=0.95):
     """The few nodes with node_share of all that counts for the logit, and among them the few edges with edge_share.
 

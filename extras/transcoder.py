@@ -41,6 +41,7 @@ HELPERS = 64       # sleeping features that try to explain what is missed
 HELP = 1 / 32      # weight of their loss
 SAVE_EVERY = 100   # steps
 AT_ONCE = 8192     # tokens of which the quality is measured at a time
+FREE = ("out", "device", "windows")    # options that do not change what is learned
 NAMES = {*GPT2_SHA256, "stdlib", "addition"}    # of models and data; anything else that is there is a path
 WIDTH_OF_JUMP = 0.1    # of the band around its threshold in which JumpReLU has a gradient for it
 
@@ -295,8 +296,8 @@ def run(args):
         if options[name] not in NAMES and os.path.exists(options[name]):
             options[name] = os.path.abspath(options[name])
     if os.path.exists(path):
-        before, free = read_json(path), ("out", "device", "windows")    # these do not change what is learned
-        differ = [name for name in options if name not in free and before.get(name) != options[name]]
+        before = read_json(path)
+        differ = [name for name in options if name not in FREE and before.get(name) != options[name]]
         if differ:
             raise UserError(f"{args.out} holds a run with other {', '.join(differ)}\npass another --out")
     args.device = pick_device(args.device)

@@ -20,6 +20,16 @@ def save(figure, path):
     plt.close(figure)
 
 
+def draw_weights(ax, weights, causal, boxed):
+    """One map (T,T) on its axes, with a frame around every edge that is not 0 if boxed. Returns the image."""
+    if causal:    # grey: keys that come later cannot be read
+        weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
+        ax.set_facecolor("0.88")
+    for i, j in np.argwhere(np.ma.filled(weights, 0) > 0) if boxed else ():
+        ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1))
+    return ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+
+
 def draw_attention(rows, causal, title, path, size=2.9):
     """Attention maps side by side (Figures 1 and 2b). size: inches of a map.
 
@@ -31,12 +41,7 @@ def draw_attention(rows, causal, title, path, size=2.9):
                                 figsize=(size * columns, size * len(rows) + 1))
     for row, (label, panels) in zip(axes, rows):
         for ax, (name, weights, queries, keys, boxed) in zip(row, panels):
-            if causal:    # grey: keys that come later cannot be read
-                weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
-                ax.set_facecolor("0.88")
-            image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-            for i, j in np.argwhere(np.ma.filled(weights, 0) > 0) if boxed else ():
-                ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1))
+            image = draw_weights(ax, weights, causal, boxed)
             long = max(map(len, keys)) > 1    # words stand upright
             ax.set_xticks(range(len(keys)), keys, rotation=90 if long else 0, fontsize=8 if long else None)
             ax.set_yticks(range(len(queries)), queries, fontsize=8)
@@ -60,7 +65,7 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
     L, H, T, _ = maps[0].shape
     panels, curves = top.subplots(1, L * H, squeeze=False)[0], bottom.subplots(1, 3)
     for n, ax in enumerate(panels):
-        ax.set(title=f"layer {n // H}, head {n % H}", xlabel="position read", facecolor="0.88")
+        ax.set(title=f"layer {n // H}, head {n % H}", xlabel="position read")
         ax.set_xticks(range(T), keys)
         ax.set_yticks(range(T), queries if n == 0 else [""] * T, fontsize=7)
         ax.tick_params(length=0)
@@ -69,8 +74,8 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
                                             ("active", "active edges"))):
         values = [row[column] for row in rows]
         ax.set_yscale("log" if column != "active" else "linear")
-        ax.plot(steps, values, "k", lw=1)
         ax.set_ylim(min(values) / 1.5 if column != "active" else 0, 1.5 * max(values) or 1)    # not 0 to 0
+        ax.plot(steps, values, "k", lw=1)
         dots.append((ax.plot([], [], "o", color="C3")[0], column))
         ax.set_xlabel("step")
         ax.set_title(label, fontsize=9)
@@ -81,11 +86,7 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
         for ax, weights in zip(panels, maps[frame].flatten(0, 1).numpy()):
             for old in [*ax.images, *ax.patches]:
                 old.remove()
-            if causal:
-                weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
-            ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-            for i, j in np.argwhere(np.ma.filled(weights, 0) > 0):
-                ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1))
+            draw_weights(ax, weights, causal, boxed=True)
         for dot, column in dots:
             dot.set_data([steps[frame]], [rows[frame][column]])
 
