@@ -21,13 +21,14 @@ from support.shapes import checked_bias
 U_MIN = 2**-24    # torch draws float32 in steps of this: only a draw of 0, whose logit is -inf, is moved
 
 
-def sample_gates(g, sample):
-    """Binary gates with a straight-through gradient (the binary Gumbel-softmax trick, temperature 1).
+def sample_gates(g, sample, temperature=1.0):
+    """Binary gates with a straight-through gradient (the binary Gumbel-softmax trick).
 
     g: gate logits of any shape; -inf is a gate that is always closed. sample: draw the gates (True, in training) or
-    take the deterministic A = [g > 0] (False, in evaluation).
-    Returns exact 0s and 1s, shaped like g, in float32 or wider. Their gradient is that of sigmoid(g + n), where the
-    noise n = logit(u), u ~ U(0, 1), is 0 without sampling. P(g + n > 0) = sigmoid(g): the Bernoulli draw of (2).
+    take the deterministic A = [g > 0] (False, in evaluation). temperature: the paper's is 1; it acts on gradients only.
+    Returns exact 0s and 1s, shaped like g, in float32 or wider. Their gradient is that of sigmoid((g + n) /
+    temperature), where the noise n = logit(u), u ~ U(0, 1), is 0 without sampling. P(g + n > 0) = sigmoid(g): the
+    Bernoulli draw of (2).
 
     Like dropout, the draw takes torch's global generator. In this project nothing else does, so `torch.manual_seed`
     just before a step is the seed of its gates.
@@ -35,16 +36,16 @@ def sample_gates(g, sample):
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     if sample:
         g = g + torch.logit(torch.rand_like(g), eps=U_MIN)
-    soft = torch.sigmoid(g)
+    soft = torch.sigmoid(g / temperature)
     hard = (g > 0).to(soft.dtype)
     return hard + (soft - soft.detach())    # the bracket is exactly 0: value of hard, gradient of soft
 
 
-def sparse_attention(q, k, v, gate_bias, causal=True, sample=False):
+def sparse_attention(q, k, v, gate_bias, causal=True, sample=False, temperature=1.0):
     """Equations (1) to (3).
 
     q, k (B,H,T,D), v (B,H,T,any). gate_bias: b in units of the score, a number, or a tensor () or (H), one value for
-    each head, which gets its gradient. causal: allow only keys j <= i. sample: see `sample_gates`.
+    each head, which gets its gradient. causal: allow only keys j <= i. sample, temperature: see `sample_gates`.
     Returns
       y         (B,H,T,any)  attention output (3), in v's dtype
       expected  (B,H)        sum of sigmoid(g) over allowed edges / their number: what training penalises
@@ -61,7 +62,7 @@ def sparse_attention(q, k, v, gate_bias, causal=True, sample=False):
         scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) / math.sqrt(D)          # (B,H,T,T)  (1)
         scores = scores.masked_fill(~allowed, -math.inf)
         g = (scores + b).masked_fill(~allowed, -math.inf)                            # closed, even for b = inf
-        gates = sample_gates(g, sample)                                              # (B,H,T,T)  (2)
+        gates = sample_gates(g, sample, temperature)                                     # (B,H,T,T)  (2)
         y = (gates * torch.softmax(scores, dim=-1)) @ v.to(dtype)                    # (B,H,T,any)  (3)
         expected = torch.sigmoid(g).sum((-2, -1)) / allowed.sum()                    # (B,H)
         active = gates.detach().sum((-2, -1)) / allowed.sum()                        # (B,H)

@@ -35,6 +35,7 @@ class GPTConfig:
     causal: bool = True       # False: every position reads every position
     gated: bool = False       # False: ordinary dense attention
     gate_bias: float = 2.0    # b at the start; what it is now stands in h.N.attn.gate_bias, a value per head
+    temperature: float = 1.0  # of the gates' gradient: see gates.sample_gates
 
 
 def allowed_edges(config):
@@ -69,7 +70,7 @@ class SelfAttention(nn.Module):
     def attend(self, q, k, v, sample=False):
         """Each head's mixture of values z (B,H,T,D), and its expected and active share of edges (B,H)."""
         if self.gate_bias is not None:
-            return blockwise_attention(q, k, v, self.gate_bias, self.config.causal, sample)
+            return blockwise_attention(q, k, v, self.gate_bias, self.config.causal, sample, self.config.temperature)
         z = F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)
         ones = torch.ones(q.shape[:2], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
         return z, ones, ones

@@ -20,7 +20,6 @@ import math
 import os
 import signal
 import sys
-import time
 from contextlib import nullcontext
 
 import torch
@@ -31,15 +30,12 @@ from tqdm import tqdm
 from geco import Geco
 from model import GPT, GPTConfig, allowed_edges
 from support.data import batch, byte_encoding, encoding_of, gpt2_encoding, load as load_data, spread
-from support.files import UserError, read_json, write_json
+from support.files import UserError, read_json, run_command, write_json
 from support.log import Log
 from support.losses import divergence
 from support.options import parser, settle
 from support.place import Place
 from support.report import control_row, report
-
-
-LOOK_EVERY = 4    # steps between two looks of lambda: a forward pass over one batch, at most a twelfth of their time
 
 
 @torch.no_grad()
@@ -55,6 +51,11 @@ def evaluate(model, tokens, place, args):
         active = active + out.active_edges.cpu().double() * len(idx)
     model.train(was_training)
     return ce / len(windows[0]), active / len(windows[0])
+
+
+def look_every(args):
+    """Steps from one look of lambda to the next. A look of its own, a forward pass, costs a twelfth of four steps."""
+    return 1 if args.constraint == "sampled" else 4
 
 
 @torch.no_grad()
@@ -110,19 +111,20 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
     """
     train_tokens, val_tokens, unseen_tokens = data
-    looked_at = train_tokens if args.constraint == "training" else unseen_tokens
-    T, B, micros = model.config.block_size, args.batch_size, args.grad_accum
+    watched = {"held-out": unseen_tokens, "training": train_tokens, "sampled": None}[args.constraint]
+    T, B, micros, every = model.config.block_size, args.batch_size, args.grad_accum, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     log = Log(out, model, optimizer, geco)    # reads out/last.pt into them, if it is there
     if place.rank == 0:
         log.mend()
     forward = torch.compile(model) if args.compile else model
     forward = DistributedDataParallel(forward) if place.size > 1 else forward
-    tokens_per_step, first_step, started, interrupted = T * B * micros * place.size, log.step, time.time(), []
+    tokens_per_step, interrupted = T * B * micros * place.size, []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))    # Ctrl-C: finish the step, save, stop
-    bar = tqdm(total=steps, initial=log.step, desc="sparse" if geco else "dense ", disable=place.rank > 0)
+    bar = tqdm(total=steps * tokens_per_step, initial=log.step * tokens_per_step, unit=" tokens", unit_scale=True,
+               desc="sparse" if geco else "dense ", disable=place.rank > 0)
     model.train()
-    for step in range(first_step, steps + 1):    # once more than there are steps, to evaluate the last
+    for step in range(log.step, steps + 1):    # once more than there are steps, to evaluate the last
         recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
         if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
             log.add(step * tokens_per_step, *evaluate(model, val_tokens, place, args))
@@ -150,19 +152,16 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
                                      "start anew, in another --out, with a lower --lr")
         warm, cosine = (step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps)
         optimizer_step(optimizer, lr * min(warm, cosine), scores, args.score_lr)
-        status = f"CE {ce:.3f}"
-        if geco:
-            if args.constraint == "sampled":
-                log.last = geco.step(ce, expected)
-            elif step % LOOK_EVERY == 0:
-                seen = look(model, looked_at, step // LOOK_EVERY, place, args)
-                log.last = geco.step(seen - shift, expected)
-            status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         log.step = step + 1
         log.recent.append(ce)
-        speed = (log.step - first_step) * tokens_per_step / (time.time() - started)
-        bar.set_postfix_str(f"{status}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
+        status = f"step {log.step} of {steps}, CE {ce:.3f}"
+        if geco:
+            if step % every == 0:
+                kept = ce if watched is None else look(model, watched, step // every, place, args) - shift
+                log.last = geco.step(kept, expected)
+            status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
+        bar.set_postfix_str(status, refresh=False)
+        bar.update(tokens_per_step)
         if place.any(interrupted):
             stop(log, place, args)
     bar.close()
@@ -212,11 +211,11 @@ def run(args, load, encoding_of, prepare):
     say(f"untouched model: validation CE {base['ce']:.4f} nats per token; "
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.distill else None
+    model.config.temperature = args.temperature
     model.set_gates(not args.dense, args.gate_bias)
     for block in model.h if args.gate_bias_lr and not args.dense else ():
         block.attn.gate_bias.requires_grad_()
-    rate = args.rate if args.constraint == "sampled" else args.rate * LOOK_EVERY    # per step, as the option says
-    geco = None if args.dense else Geco(base["tau"], args.lam, rate, args.decay)
+    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate * look_every(args), args.decay)
     shift = base["shift"] if args.constraint == "held-out" else 0.0
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
     if place.device.type == "cuda":
@@ -252,14 +251,15 @@ def main(load=GPT.from_pretrained, encoding_of=encoding_of, options=(), prepare=
     support/options.py; prepare(model, args): what these options do to the model before it goes to the device.
     """
     command = parser(__doc__.partition("\n\n")[0], options)
-    try:
-        args = settle(command)
+
+    def report_or_run(args):
+        args = settle(args, command)
         if args.report:
             report(args.report, args.control, load, encoding_of)
         else:
             run(args, load, encoding_of, prepare)
-    except (UserError, FloatingPointError, OSError) as error:
-        command.error(str(error))
+
+    run_command(command, report_or_run)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def same_shape(models, who):
     dense, sparse = ({**vars(model.config), "family": type(model).__name__,
                       "their layout of sums": model.notes.get("layout")} for model in models.values())
     differ = [f"{key} {dense.get(key)} and {sparse.get(key)}" for key in sorted(dense.keys() | sparse.keys())
-              if key not in ("block_size", "gated", "gate_bias") and dense.get(key) != sparse.get(key)]
+              if key not in ("block_size", "gated", "gate_bias", "temperature") and dense.get(key) != sparse.get(key)]
     if differ:
         raise UserError(f"{who} differ in {', '.join(differ)}\ncompare two models of one shape")
 
@@ -173,7 +173,8 @@ def compare(args):
     args.out = args.out or f"runs/patching-{args.task}"
     models = load_models(args)
     shorter = min(models.values(), key=lambda model: model.config.block_size)    # what it can read, both can
-    pairs, config = make_pairs(args.task, args.pairs, args.seed, shorter, args.corruption), shorter.config
+    pairs = make_pairs(args.task, args.pairs, args.seed, shorter, corruption=args.corruption, template=args.template)
+    config = shorter.config
     make_folder(args.out)
     total = len(P.edge_names(config))
     print(f"{args.task}: {args.pairs} pairs of {pairs[0].shape[1]} tokens, {config.n_layer} layers of "
@@ -222,6 +223,8 @@ def main():
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
     parser.add_argument("--corruption", choices=("abc", "swap"),
                         help="of ioi: three fresh names (default), or the second subject swapped")
+    parser.add_argument("--template", choices=("ours", "paper"),
+                        help="of ioi and greater-than: sentences of ours (default), or those of the tasks' own papers")
     parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
     run_command(parser, compare)

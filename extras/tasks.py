@@ -73,39 +73,52 @@ PLACES = """airport bakery bank beach bridge castle cinema farm garden harbour h
     market museum office park restaurant school station theatre zoo"""
 OBJECTS = """ball basket bag book bottle camera coin flower gift glass guitar hammer key knife lamp letter map
     necklace newspaper pen phone ring sandwich ticket watch"""
-IOI = ("When{} and{} met at the{place},{} handed the{object} to",
-       "After{} and{} came to the{place},{} passed the{object} to",
-       "While{} and{} sat in the{place},{} lent the{object} to",
-       "Because{} and{} work at the{place},{} brought the{object} to")
+IOI = {"ours": ("When{} and{} met at the{place},{} handed the{object} to",
+                "After{} and{} came to the{place},{} passed the{object} to",
+                "While{} and{} sat in the{place},{} lent the{object} to",
+                "Because{} and{} work at the{place},{} brought the{object} to"),
+       "paper": ("When{} and{} went to the{place},{} gave a{object} to",)}
+DISTRACTOR = ", the{other} next door was closed."
 
 
-def ioi(n, seed, corruption="abc", encoding=None):
-    """Indirect objects (Wang et al. 2022): "When A and B met at the PLACE, B handed the OBJECT to" -> A.
+def ioi(n, seed, corruption="abc", template="ours", encoding=None, between=","):
+    """Indirect objects, the task of Wang et al. 2022 in sentences of ours: "When A and B met at the PLACE, B handed
+    the OBJECT to" -> A. template "paper": theirs, "When A and B went to the PLACE, B gave a OBJECT to".
 
     A and B, or B and A, at random. corruption "abc": three fresh names; "swap": the subject is A and B right.
-    Metric: logit(A) - logit(B).
+    between: what stands in place of the comma. Metric: logit(A) - logit(B).
     """
     encoding, rng, rows = encoding or gpt2_encoding(), np.random.default_rng(seed), []
-    names, places, objects = (one_token(w, encoding, k) for w, k in ((NAMES, 5), (PLACES, 1), (OBJECTS, 1)))
+    names, places, objects = (one_token(w, encoding, k) for w, k in ((NAMES, 5), (PLACES, 2), (OBJECTS, 1)))
     for _ in range(n):
-        template, flip = IOI[rng.integers(len(IOI))], rng.integers(2)
+        sentence, flip = IOI[template][rng.integers(len(IOI[template]))].replace(",", between), rng.integers(2)
         a, b, *fresh = rng.choice(names, 5, replace=False)
         words = {"place": rng.choice(places), "object": rng.choice(objects)}
+        if "{other}" in sentence:
+            words["other"] = rng.choice([place for place in places if place != words["place"]])
         both = (b, a) if flip else (a, b)
         others = {"abc": fresh, "swap": (*both, a)}[corruption]
-        rows.append((template.format(*both, b, **words), template.format(*others, **words), a, b))
+        rows.append((sentence.format(*both, b, **words), sentence.format(*others, **words), a, b))
     return pairs_of_text(rows, encoding)
+
+
+def ioi_long(n, seed, corruption="abc", template="ours", encoding=None):
+    """IOI with a distractor between: "When A and B met at the PLACE, the OTHER next door was closed. B handed the
+    OBJECT to" -> A. The paper names a task IOI-Long; its exact form is unknown to us, this one is ours."""
+    return ioi(n, seed, corruption, template, encoding, between=DISTRACTOR)
 
 
 NOUNS = """war siege reign strike project journey voyage campaign revolt marriage trial study drought famine
     plague alliance experiment dispute truce mission expedition conflict occupation rebellion contract"""
-GREATER_THAN = ("The{noun} began in the year {century}{year} and ended in the year {century}",
-                "That{noun} started around the year {century}{year} and stopped around the year {century}",
-                "Their{noun} went on from the year {century}{year} until about the year {century}")
+GREATER_THAN = {"ours": ("The{noun} began in the year {century}{year} and ended in the year {century}",
+                         "That{noun} started around the year {century}{year} and stopped around the year {century}",
+                         "Their{noun} went on from the year {century}{year} until about the year {century}"),
+                "paper": ("The{noun} lasted from the year {century}{year} to the year {century}",)}
 
 
-def greater_than(n, seed, encoding=None):
-    """Years (Hanna et al. 2023): "The war began in the year 1732 and ended in the year 17" -> above 32.
+def greater_than(n, seed, template="ours", encoding=None):
+    """Years, the task of Hanna et al. 2023 in sentences of ours: "The war began in the year 1732 and ended in the year
+    17" -> above 32. template "paper": theirs, "The war lasted from the year 1732 to the year 17".
 
     Corruption: the first year ends in 01. Metric: probability of the two-digit tokens above the year minus that of
     the others. Only years that split into century and two digits, in the clean and in the corrupted sentence.
@@ -120,9 +133,9 @@ def greater_than(n, seed, encoding=None):
                         "copy fits every vocabulary")
     nouns = one_token(NOUNS, encoding, 1)
     for _ in range(n):
-        template, noun = GREATER_THAN[rng.integers(len(GREATER_THAN))], rng.choice(nouns)
+        sentence, noun = GREATER_THAN[template][rng.integers(len(GREATER_THAN[template]))], rng.choice(nouns)
         century, year = years[rng.integers(len(years))]
-        rows.append([template.format(noun=noun, century=century, year=y) for y in (f"{year:02d}", "01")] + [year])
+        rows.append([sentence.format(noun=noun, century=century, year=y) for y in (f"{year:02d}", "01")] + [year])
     clean, corrupt, ends = zip(*rows)
     numbers = torch.tensor(numbers).T.expand(n, -1)                               # (N,100)
     metric = functools.partial(later_years, numbers=numbers, year=torch.tensor(ends))
@@ -159,7 +172,8 @@ VERBS = (("load", "Load"), ("save", "Write"), ("find", "Return"))
 
 
 def docstring(n, seed, encoding=None):
-    """The next argument of a Python docstring (Heimersheim & Janiak 2023): "def load(self, a, b, c, d)" -> c.
+    """The next argument of a Python docstring, the task of Heimersheim & Janiak 2023 in words of ours:
+    "def load(self, a, b, c, d)" -> c.
 
     The docstring has described a and b and goes on with ":param". Corruption: four other names in the def line.
     Metric: logit(c) minus the largest logit of the other seven names.
@@ -189,17 +203,21 @@ def addition(n, seed, layout="reversed"):
     return idx[clean], idx[corrupt], metric
 
 
-TASKS = {"ioi": ioi, "greater-than": greater_than, "copy": copy, "docstring": docstring, "addition": addition}
+TASKS = {"ioi": ioi, "ioi-long": ioi_long, "greater-than": greater_than, "copy": copy, "docstring": docstring,
+         "addition": addition}
+OPTIONS = {"corruption": ("ioi", "ioi-long"), "template": ("ioi", "ioi-long", "greater-than")}    # who has them
 
 
 # ---- Pairs for a model
 
-def make_pairs(task, n, seed, model, corruption=None):
+def make_pairs(task, n, seed, model, **options):
     """The task's pairs, if they fit the model: its vocabulary, its length and, for sums, how it writes them.
-    corruption: of ioi, another than its default."""
+    options: corruption and template, None for the task's default."""
     V, T, layout = model.config.vocab_size, model.config.block_size, model.notes.get("layout")
-    if corruption and task != "ioi":
-        raise UserError("--corruption is a choice of --task ioi\nleave it out")
+    options = {name: value for name, value in options.items() if value}
+    for name in options:
+        if task not in OPTIONS[name]:
+            raise UserError(f"--{name} is a choice of --task {', '.join(OPTIONS[name])}\nleave it out")
     if task == "addition":
         if layout is None or V != len(ALPHABET):
             raise UserError("addition needs checkpoints of toy_addition.py, which know how they write a sum\n"
@@ -211,7 +229,6 @@ def make_pairs(task, n, seed, model, corruption=None):
         raise UserError(f"{task} is written in GPT-2's 50257 tokens, this model has {V}\n"
                         "take --task copy, or addition with checkpoints of toy_addition.py")
     else:
-        options = {"corruption": corruption} if corruption else {}
         pairs = TASKS[task](n, seed, encoding=encoding_of(model), **options)
     if pairs[0].shape[1] > T:
         raise UserError(f"{task} has sentences of {pairs[0].shape[1]} tokens, the model reads at most {T}\n"

@@ -20,11 +20,11 @@ CELLS_GPU = 2**23
 SCALE = 2**-32 * (1 - 2**-23)    # from all 32-bit integers to the inside of (-1/2, 1/2)
 
 
-def blockwise_attention(q, k, v, gate_bias, causal=True, sample=False):
+def blockwise_attention(q, k, v, gate_bias, causal=True, sample=False, temperature=1.0):
     """`gates.sparse_attention`: the same arguments, results, gradients and errors. Sampled gates open with the same
     probability, from other random numbers (`edge_noise`)."""
     b = checked_bias(q, k, v, gate_bias).flatten().expand(q.shape[:2]).flatten()    # (N)
-    return Blockwise.apply(q, k, v, b, causal, sample)
+    return Blockwise.apply(q, k, v, b, causal, sample, temperature)
 
 
 def draw_words(N, T, device):
@@ -88,7 +88,7 @@ def widened(q, k, v):
 
 class Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, b, causal, sample):
+    def forward(ctx, q, k, v, b, causal, sample, temperature):
         (B, H, T, _), given = q.shape, (q, k, v)
         q, k, v = widened(q, k, v)
         b = b.clamp(max=1e30)                  # finite: -inf + b stays -inf
@@ -104,7 +104,7 @@ class Blockwise(torch.autograd.Function):
                 y[heads, rows] = torch.bmm(p.mul_(gates).mT, v[heads, keys])         # (G,R,D)  (3)
         y = y.unflatten(0, (B, H)).to(given[2].dtype)
         ctx.save_for_backward(*given, b, y, hidden, words)
-        ctx.causal, ctx.edges = causal, T * (T + 1) // 2 if causal else T * T
+        ctx.causal, ctx.sharpness, ctx.edges = causal, 1 / temperature, T * (T + 1) // 2 if causal else T * T
         expected, active = ((t / ctx.edges).view(B, H) for t in (expected, active))
         ctx.mark_non_differentiable(active)
         return y, expected, active
@@ -114,8 +114,9 @@ class Blockwise(torch.autograd.Function):
     def backward(ctx, dy, dexpected, _):
         """A score s acts in three ways: on the softmax, on its gate (straight-through), and on the expected edges.
 
-            ds = p (dweight (A + soft (1 - soft)) - mean) + dp_open p_open (1 - p_open)
-        where weight = A p, soft = sigmoid(g + n), and mean = sum_j weight dweight of the row, from softmax's gradient.
+            ds = p (dweight (A + soft (1 - soft) / temperature) - mean) + dp_open p_open (1 - p_open)
+        where weight = A p, soft = sigmoid((g + n) / temperature), and mean = sum_j weight dweight of the row, from
+        softmax's gradient.
         b acts on the last two only, but what the softmax adds to ds sums to 0 in every row: so db is the sum of ds.
         """
         *given, b, y, hidden, words = ctx.saved_tensors
@@ -134,7 +135,11 @@ class Blockwise(torch.autograd.Function):
                 x = torch.addcmul(p_open, p_open, u, value=-1, out=free)
                 z = u.addcmul_(u, p_open, value=-1)
                 soft = x.div_(z.add_(x))
-                gates.add_(soft).addcmul_(soft, soft, value=-1)                      # A + soft (1 - soft)
+                if ctx.sharpness != 1:                                               # of (g + n) / temperature
+                    rest = torch.sub(1, soft, out=z).pow_(ctx.sharpness)
+                    soft = soft.pow_(ctx.sharpness).div_(rest.add_(soft))
+                # A + soft (1 - soft) / temperature
+                gates.add_(soft, alpha=ctx.sharpness).addcmul_(soft, soft, value=-ctx.sharpness)
                 dweights = torch.bmm(v[heads, keys], dy[heads, rows].mT, out=free)
                 ds = torch.addcmul(minus_mean[heads, :, rows], gates, dweights, out=gates).mul_(p)
                 ds.addcmul_(p_open.addcmul_(p_open, p_open, value=-1), dp_open[heads])
@@ -144,4 +149,4 @@ class Blockwise(torch.autograd.Function):
                     db[heads] += ds.sum((1, 2))
         dq /= math.sqrt(q.shape[-1])
         dq, dk, dv = (t.unflatten(0, dexpected.shape).to(g.dtype) for t, g in zip((dq, dk, dv), given))
-        return dq, dk, dv, db, None, None
+        return dq, dk, dv, db, None, None, None

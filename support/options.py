@@ -30,6 +30,7 @@ OPTIONS = (    # name, type (or choices), default, help
     ("score-lr", between(float, 0.0, 1000.0), 1.0, "rate of q and k, in multiples of --lr"),
     ("gate-bias", between(float, 0.0, 100.0), None, "b, how far open gates start; default: 2, or the checkpoint's own"),
     ("gate-bias-lr", between(float, 0.0, 10.0), 0.0, "peak rate of the thresholds, one per head; 0: b stays as it is"),
+    ("temperature", between(float, 0.01, 100.0), 1.0, "of the gates' straight-through gradient"),
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, 1e-3, 10.0), 1.0, "lambda at the start; below 1, edges go at once"),
@@ -65,9 +66,9 @@ def parser(about="", more=(), argv=None):
     return found
 
 
-def settle(parser):
+def settle(args, parser):
     """The options of the run that is meant: a new one in a folder that can be written, or those of an old one."""
-    args, unset = parser.parse_args(), object()
+    unset = object()
     given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(given).items() if value is not unset}    # also one given at its default
     if args.report:

@@ -109,7 +109,8 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
         order = change.mean(0).flatten().argsort(descending=True)
         assert f["heads restored, global"] == P.heads_needed(P.explained_effect(model, *part, order))
         kept = P.metric_of_kept_heads(model, *part, order).mean(0)
-        np.testing.assert_allclose(f["effect of kept heads, global"], (kept - kept[0]) / (kept[-1] - kept[0]), atol=1e-3)
+        kept = (kept - kept[0]) / (kept[-1] - kept[0])
+        np.testing.assert_allclose(f["effect of kept heads, global"], kept, atol=1e-3)
         effect, m_corrupt = (m[name][0] - m[name][1])[usable], m[name][1][usable]
         for kind, ranked in (("per sentence", edges), ("global", edges.mean(0).expand_as(edges))):
             def alone(n):    # the effect of the n best edges, chosen pair by pair; an edge without a score is no choice
@@ -211,7 +212,8 @@ def test_a_users_mistake_gets_three_lines_and_exit_code_2(tmp_path, monkeypatch,
         ((tmp_path / "flat.pt", sparse, "addition"), r"no usable pair: (.|\n)* 10 \(dense\) and \d+ \(sparse\)"),
         ((tmp_path / "missing.pt", sparse, "addition"), "no such file or folder: .*missing.pt"),
         ((tmp_path / "no.pt", sparse, "addition"), "is truncated"),
-        ((dense, sparse, "copy", "--corruption", "swap"), "--corruption is a choice of --task ioi\nleave it out"),
+        ((dense, sparse, "copy", "--corruption", "swap"), "--corruption is a choice of --task ioi, ioi-long\nleave"),
+        ((dense, sparse, "docstring", "--template", "paper"), "--template is a choice of --task ioi, ioi-long, greater"),
         ((dense, sparse, "sorting"), "invalid choice: 'sorting'"),
         ((dense, sparse, "copy", "--pairs", "0"), "argument --pairs: 0 is not between 1 and"),
         ((dense, sparse, "copy", "--out", ROOT / "model.py" / "x"), "cannot write to"),

@@ -155,8 +155,8 @@ def outputs_and_gradients(attention, q, k, v, wy, we, b, *options):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("bias", [0.4, [0.4, -0.3, 1.1]])
-def test_blockwise_is_the_definition(T, causal, sample, dtype, digits, bias, small_blocks, monkeypatch):
+@pytest.mark.parametrize("bias, temperature", [(0.4, 1.0), ([0.4, -0.3, 1.1], 1.0), ([0.4, -0.3, 1.1], 0.4)])
+def test_blockwise_is_the_definition(T, causal, sample, dtype, digits, bias, temperature, small_blocks, monkeypatch):
     """Values, and gradients of q, k, v and b. Three sequences of three heads: nine, not divisible by the block's two,
     and the gradient of b sums over all three. In float32 an edge at g + n = 0 may fall to either side; none of these
     draws has one. bfloat16: inputs and y are rounded, as under autocast; scores and gates are not."""
@@ -166,9 +166,9 @@ def test_blockwise_is_the_definition(T, causal, sample, dtype, digits, bias, sma
     u = torch.from_numpy(draws(blockwise_attention, 3, 3, T, seed=5))
     torch.manual_seed(5)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours = outputs_and_gradients(blockwise_attention, q, k, v, *weights, b, causal, sample)
+        ours = outputs_and_gradients(blockwise_attention, q, k, v, *weights, b, causal, sample, temperature)
         monkeypatch.setattr(torch, "rand_like", lambda x: u.to(x.dtype))
-        theirs = outputs_and_gradients(sparse_attention, q, k, v, *weights, b, causal, sample)
+        theirs = outputs_and_gradients(sparse_attention, q, k, v, *weights, b, causal, sample, temperature)
     assert T < 11 or 0.1 < ours[2].mean() < 0.95    # open and closed gates are both there
     assert len(ours) == 7 and ours[-1].shape == b.shape
     for x, y in zip(ours, theirs):
@@ -299,15 +299,19 @@ def test_without_sampling_a_gate_is_open_above_zero():
     np.testing.assert_allclose(logits.grad, [sigmoid(x) * sigmoid(-x) for x in (-1e9, -1e-3, 0, 1e-3, 5)], rtol=1e-5)
 
 
-def test_straight_through_gradient_is_its_closed_form_at_the_drawn_noise():
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
+def test_straight_through_gradient_is_its_closed_form_at_the_drawn_noise(temperature):
     logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(50, dtype=torch.float64)
     torch.manual_seed(3)
     u = torch.rand(50, dtype=torch.float64).numpy()
     torch.manual_seed(3)
-    (sample_gates(logits, sample=True) * upstream).sum().backward()
-    p = sigmoid(logits.detach().numpy() + np.log(u) - np.log1p(-u))
-    np.testing.assert_allclose(logits.grad, upstream.numpy() * p * (1 - p), rtol=1e-10)
+    gates = sample_gates(logits, True, temperature)
+    (gates * upstream).sum().backward()
+    noisy = logits.detach().numpy() + np.log(u) - np.log1p(-u)
+    p = sigmoid(noisy / temperature)
+    np.testing.assert_allclose(logits.grad, upstream.numpy() * p * (1 - p) / temperature, rtol=1e-10)
+    assert gates.tolist() == (noisy > 0).tolist()    # the temperature moves no gate
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gates import sparse_attention
 from model import GPT, GPTConfig
 from support import weights as weights_in
 from support.files import UserError
@@ -253,6 +254,26 @@ def test_gates_behave_like_dropout():
     first = gated.train()(idx).logits
     torch.manual_seed(5)
     assert torch.equal(gated(idx).logits, first)
+
+
+def test_the_temperature_acts_on_gradients_only(monkeypatch):
+    """In eval mode, where gates have no noise: against the definition, which is handed the temperature here."""
+    gpt = pair()[1].eval()
+    gpt.set_gates(True, 0.1)
+    idx = torch.randint(31, (2, 13), generator=torch.Generator().manual_seed(1))
+
+    def loss_and_slope():
+        gpt.zero_grad()
+        loss = gpt(idx[:, :-1], idx[:, 1:]).loss
+        loss.backward()
+        return loss.detach(), gpt.h[0].attn.c_attn.weight.grad[:48]    # of q and k
+
+    usual = loss_and_slope()
+    gpt.config.temperature = 0.4
+    ours = loss_and_slope()
+    monkeypatch.setattr("model.blockwise_attention", lambda *args: sparse_attention(*args[:6], 0.4))
+    torch.testing.assert_close(ours, loss_and_slope())
+    assert ours[0] == usual[0] and (ours[1] - usual[1]).abs().max() > 0.1 * usual[1].abs().max()
 
 
 @pytest.mark.parametrize("gated", [True, False])

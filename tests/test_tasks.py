@@ -61,6 +61,25 @@ def test_ioi(gpt2, corruption):
     assert not torch.equal(tasks.ioi(200, 1)[0], clean)
 
 
+def test_the_papers_own_sentences(gpt2):
+    clean, corrupt, _ = tasks.ioi(50, 0, template="paper")
+    names = r"When (\w+) and (\w+) went to the \w+, (\w+) gave a \w+ to"
+    assert clean.shape == corrupt.shape and all(re.fullmatch(names, text) for text in texts(gpt2, clean))
+    clean, corrupt, _ = tasks.greater_than(50, 0, template="paper")
+    years = r"The \w+ lasted from the year (\d\d)\d\d to the year \1"
+    assert all(re.fullmatch(years, text) for text in (*texts(gpt2, clean), *texts(gpt2, corrupt)))
+
+
+def test_ioi_long_is_ioi_with_a_distractor(gpt2):
+    clean, corrupt, metric = tasks.ioi_long(50, 0)
+    for good, bad in zip(texts(gpt2, clean), texts(gpt2, corrupt)):
+        place, other = re.search(r"(\w+), the (\w+) next door was closed\. \w+ \w+ the \w+ to$", good).groups()
+        assert place != other and f"{place}, the {other} next door was closed." in bad
+    right, wrong = metric.keywords["right"], metric.keywords["wrong"][:, 0]
+    assert all((row == r).sum() == 1 and (row == w).sum() == 2 for row, r, w in zip(clean, right, wrong))
+    assert clean.shape[1] == tasks.ioi(1, 0)[0].shape[1] + 7
+
+
 def test_greater_than(gpt2):
     clean, corrupt, metric = tasks.greater_than(200, 0)
     assert clean.shape == corrupt.shape == (200, 14)

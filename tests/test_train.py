@@ -225,7 +225,8 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, name, count,
 
 
 def test_two_ranks_follow_one_process(tiny, every_step):
-    """And two micro-batches one large one. Only the processes look at as many held-out windows as one with a large batch."""
+    """And two micro-batches one large one. Only the processes look at as many held-out windows as one with a large
+    batch."""
     short = *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4"
     go(tiny, *options(tiny, tiny / "two", *short),
        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))

@@ -1,0 +1,1 @@
+"""Open questions with a first answer: one command each. Guess first; docs/open-questions.md says what we predicted."""
