@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from exercises.open import estimator
+import toy_addition as toy
+from exercises.open import estimator, reward
+from model import GPT
 
 
 def test_the_exact_gradient_is_the_slope_of_the_expected_loss():
@@ -50,3 +52,39 @@ def test_a_lower_temperature_trades_bias_for_noise(tmp_path, monkeypatch, capsys
     bias, noise, one, many = ([float(row[n].split()[0]) for row in rows] for n in (1, 2, 3, 4))
     assert len(rows) == 4 and bias == sorted(bias) and noise == sorted(noise, reverse=True)
     assert one[2] > 0.5 and min(many) > 0.9 and (tmp_path / "estimator.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def policy():
+    """A model with random weights, 40 questions, and what it finds the likeliest answers: these count as right."""
+    gpt = GPT(toy.toy_config(gated=True, gate_bias=0.0), torch.Generator().manual_seed(2)).double()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.mul_(6)
+    idx, targets = (rows[::250] for rows in toy.addition_data())
+    return gpt, idx, torch.where(targets == -1, -1, gpt.eval()(idx).logits.argmax(-1))
+
+
+def test_the_exact_reward_is_the_probability_of_a_right_answer(policy):
+    gpt, idx, targets = policy
+    by_hand = 0.0
+    for row, wanted in zip(gpt.eval()(idx).logits.detach().numpy(), targets.numpy()):
+        by_hand += math.prod(np.exp(row[t, wanted[t]]) / np.exp(row[t]).sum() for t in (6, 7, 8)) / 40
+    found = reward.rewarded(gpt, 8).eval()(idx, targets)    # in evaluation exact, also of a model that draws
+    assert 1 - found.loss.item() == pytest.approx(by_hand, abs=1e-6) and 0.1 < by_hand < 0.9
+
+
+def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy):
+    """With very many draws. The gates are shut off: they would draw other numbers."""
+    gpt, idx, targets = policy
+    gpt.set_gates(False)
+    slopes, losses = [], []
+    for draws in (0, 20_000):
+        model = reward.rewarded(gpt, draws).train()
+        torch.manual_seed(0)
+        loss = model(idx, targets).loss
+        loss.backward()
+        losses.append(loss.item())
+        slopes.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+    assert torch.cosine_similarity(*slopes, 0) > 0.97 and slopes[1].norm() == pytest.approx(slopes[0].norm(), rel=0.1)

@@ -1,0 +1,103 @@
+"""Does greater-than need more heads after sparse training? The one task where the paper's sparse model did.
+
+    python -m exercises.open.greater_than [--seeds 3] [--out runs/greater-than]
+
+A small GPT (4 layers, 4 heads) learns sentences "The war lasted from the year 17 32 to the year 17" -> any later year,
+a token a word and two for a year. Then it gets gates, under CE <= its dense CE + 0.02, with the loops of the toy. For
+both models: heads kept in a clean run, all others as in the run in which the first year ends in 01, until they have 0.9
+of the effect. *Live* MLPs answer to what they read; *corrupted* ones write what they wrote in the corrupted run.
+"""
+import argparse
+import copy
+import functools
+import os
+
+import numpy as np
+import torch
+
+import patching as P
+import toy_addition as toy
+from extras.tasks import NOUNS, later_years
+from geco import Geco
+from model import GPT, GPTConfig
+from support.files import between, make_folder, run_command
+from support.weights import save_checkpoint
+
+WORDS = [f"{n:02d}" for n in range(100)] + "The lasted from the year to".split() + NOUNS.split()[:12]
+SENTENCE = "The {noun} lasted from the year {century} {year} to the year {century}"
+
+
+def encode(noun, century, year):
+    return [WORDS.index(word) for word in SENTENCE.format(noun=noun, century=century, year=f"{year:02d}").split()]
+
+
+def sentences():
+    """All of them, each with one random later year: tokens and targets (N,T), -1 but for the last, and years (N)."""
+    rng, rows = np.random.default_rng(0), []
+    for noun in NOUNS.split()[:12]:
+        for century in range(11, 20):
+            for year in range(2, 99):
+                rows.append([*encode(noun, century, year), rng.integers(year + 1, 100)])
+    rows = torch.tensor(np.array(rows))
+    targets = torch.full_like(rows[:, :-1], -1)
+    targets[:, -1] = rows[:, -1]
+    return rows[:, :-1], targets, rows[:, 7]
+
+
+def kept_heads(model, clean, corrupt, metric, live):
+    """m with the k best heads kept, k = 0 ... L*H; the ranking is that of head_scores, averaged. live: the MLPs."""
+    L, H = model.config.n_layer, model.config.n_head
+    order = P.head_scores(model, clean, corrupt, metric).mean(0).flatten().argsort(descending=True)
+    theirs, found = P.outputs(model, corrupt)[0], []
+    for k in range(L * H + 1):
+        dropped = (order.argsort() >= k).view(L, H)
+
+        def write(s, out):
+            if s.start == 0 or out.ndim == 3 and live:
+                return out
+            where = dropped[(s.start - 1) // (H + 1), :, None, None] if out.ndim == 4 else torch.tensor(True)
+            return torch.where(where, theirs[s.start], out)
+        found.append(metric(P.forward(model, clean, write=write)).mean().item())
+    return np.array(found)
+
+
+def run(args):
+    make_folder(args.out)
+    idx, targets, years = sentences()
+    rows = torch.from_numpy(np.random.default_rng(1).choice(len(idx), args.pairs, replace=False))
+    clean, corrupt = idx[rows], idx[rows].clone()
+    corrupt[:, 7] = 1
+    metric = functools.partial(later_years, numbers=torch.arange(100).expand(len(rows), -1), year=years[rows])
+    print(f"{'seed':6}{'model':8}{'CE':>8}{'edges':>9}{'m, clean and 01':>18}    heads kept for 0.9, of 16: MLPs live, "
+          "corrupted")
+    for seed in range(args.seeds):
+        dense = GPT(GPTConfig(len(idx[0]), len(WORDS), 4, 4, 64), generator=torch.Generator().manual_seed(seed))
+        toy.train_dense(dense, idx, targets, args.dense_steps, seed)
+        ce = toy.evaluate(dense, idx, targets)["hard_ce"]
+        sparse = copy.deepcopy(dense)
+        sparse.set_gates(True, 0.0)
+        toy.train_sparse(sparse, idx, targets, args.steps, Geco(ce + 0.02, rate=2.0, decay=0.6), seed)
+        for name, model in (("dense", dense), ("sparse", sparse)):
+            found = toy.evaluate(model, idx, targets)
+            with torch.no_grad():
+                m = [metric(model(tokens).logits).mean().item() for tokens in (clean, corrupt)]
+                curves = [kept_heads(model, clean, corrupt, metric, live) for live in (True, False)]
+            needed = [P.heads_needed((c - curves[0][0]) / (m[0] - curves[0][0])) for c in curves]
+            print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / toy.allowed_edges(model.config):9.2%}"
+                  f"{f'{m[0]:.2f}, {m[1]:.2f}':>18}    {needed[0]}, {needed[1] or 'never'}", flush=True)
+            save_checkpoint(model, os.path.join(args.out, f"{seed}-{name}.pt"))
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python -m exercises.open.greater_than [options]",
+                                     description="Heads of greater-than, dense beside sparse.")
+    parser.add_argument("--seeds", type=between(int, 1, 100), default=3, help="0, 1, ... (default 3)")
+    parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
+    parser.add_argument("--dense-steps", type=between(int, 1, 10**7), default=2000, help="without gates (default 2000)")
+    parser.add_argument("--steps", type=between(int, 1, 10**7), default=3000, help="with gates (default 3000)")
+    parser.add_argument("--out", default="runs/greater-than", help="folder of the models (default runs/greater-than)")
+    run_command(parser, run)
+
+
+if __name__ == "__main__":
+    main()

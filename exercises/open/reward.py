@@ -1,0 +1,84 @@
+"""Does it work with a reward in place of a cross-entropy? The toy, sparse, without being told the right digits.
+
+    python -m exercises.open.reward [--seeds 3] [--steps 8000] [--out runs/reward]
+
+Each seed's dense model gets gates and trains on in three ways, all with `toy_addition.train_sparse`:
+    cross-entropy   as in toy_addition.py
+    sampled reward  answers are drawn from the model, 8 for a sum; one is worth 1 if all its digits are right. The
+                    gradient is REINFORCE's, less the mean reward of the 8; the constraint is 1 - reward <= 0.01
+    exact reward    the same constraint, with the exact expected reward: the product of the digits' probabilities
+So what the second loses to the third is the noise of drawn answers. Prints a row for each, on held-out sums.
+"""
+import argparse
+import copy
+import os
+
+import torch
+
+import toy_addition as toy
+from model import GPT
+from support.files import between, make_folder, run_command
+from support.weights import save_checkpoint
+
+TAU = 0.01       # of 1 - reward; the cross-entropy has the toy's own
+ANSWERS = 8      # drawn for each sum
+
+
+class Rewarded(GPT):
+    """A GPT whose loss is 1 - expected reward, by `draws` drawn answers while it trains, or exactly if draws is 0."""
+    draws = 0
+
+    def forward(self, idx, targets):
+        out, asked = super().forward(idx), targets[0] != -1
+        log_p = torch.log_softmax(out.logits[:, asked], -1)                          # (N,S,V), S slots
+        right = targets[:, asked]
+        if not (self.draws and self.training):
+            return out._replace(loss=1 - log_p.gather(-1, right[..., None]).sum((1, 2)).exp().mean())
+        answers = torch.distributions.Categorical(logits=log_p).sample((self.draws,))               # (draws,N,S)
+        reward = (answers == right).all(-1).float()                                                 # (draws,N)
+        log_p = log_p.expand(self.draws, -1, -1, -1).gather(-1, answers[..., None]).sum((2, 3))     # (draws,N)
+        surrogate = -((reward - reward.mean(0)) * log_p).mean()    # its gradient: minus that of the expected reward
+        return out._replace(loss=1 - reward.mean() + surrogate - surrogate.detach())
+
+
+def rewarded(model, draws):
+    found = Rewarded(model.config)
+    found.load_state_dict(model.state_dict())
+    found.draws = draws
+    return found
+
+
+def run(args):
+    make_folder(args.out)
+    idx, targets = toy.addition_data()
+    train_rows, held_out = toy.split()
+    training = idx[train_rows], targets[train_rows]
+    print(f"{'seed':6}{'objective':16}{'edges, of 90':>14}{'right':>10}{'carry edge: with, without':>28}{'tau met':>10}")
+    for seed in range(args.seeds):
+        dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(seed))
+        toy.train_dense(dense, *training, args.dense_steps, seed)
+        dense.set_gates(True, 0.0)
+        for name, model, tau in (("cross-entropy", copy.deepcopy(dense), 0.003),
+                                 ("sampled reward", rewarded(dense, ANSWERS), TAU),
+                                 ("exact reward", rewarded(dense, 0), TAU)):
+            history = toy.train_sparse(model, *training, args.steps, toy.toy_geco(tau), seed)
+            met = any(toy.meets_constraint(row, tau) for row in history if "hard_ce" in row)
+            found = toy.evaluate(model, idx[held_out], targets[held_out])
+            _, with_carry, without = toy.find_carry_edge(model, idx, train_rows, held_out)
+            print(f"{seed:<6}{name:16}{found['active']:14.2f}{found['accuracy']:10.2%}"
+                  f"{f'{with_carry:.0%}, {without:.0%}':>28}{'yes' if met else 'no':>10}", flush=True)
+            save_checkpoint(model, os.path.join(args.out, f"{seed}-{name.replace(' ', '-')}.pt"), layout="reversed")
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python -m exercises.open.reward [options]",
+                                     description="The toy with a reward in place of a cross-entropy.")
+    parser.add_argument("--seeds", type=between(int, 1, 100), default=3, help="0, 1, ... (default 3)")
+    parser.add_argument("--dense-steps", type=between(int, 1, 10**7), default=8000, help="at most (default 8000)")
+    parser.add_argument("--steps", type=between(int, 1, 10**7), default=8000, help="with gates (default 8000)")
+    parser.add_argument("--out", default="runs/reward", help="folder of the sparse models (default runs/reward)")
+    run_command(parser, run)
+
+
+if __name__ == "__main__":
+    main()
