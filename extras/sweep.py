@@ -1,6 +1,7 @@
 """Ablations: one option takes several values, the others stay as they are, three seeds each.
 
-    python -m extras.sweep [bias|tau|rate|start|distill] [--out runs/sweep]    without a name: all five
+    python -m extras.sweep [--out runs/sweep]             of the toy: bias, tau, rate, start
+    python -m extras.sweep constraint                     of the small GPT: or distill, temperature, width
 
 Every run is a command that you can give yourself, as short as the comparison allows, on one thread; as many run at a
 time as there are cores. A run that is in --out already is not made again, so a stopped sweep goes on.
@@ -19,14 +20,17 @@ from extras.figures import draw_sweeps
 from support.files import UserError, between, make_folder, read_json, run_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TOY = "toy_addition.py"
-SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 1000 --steps 400 --device cpu"
+TOY = "toy_addition.py --no-gif"
+SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 2000 --steps 1500 --device cpu"
 SWEEPS = {    # command, option, its values; the one in brackets is the command's own
     "bias": (TOY, "--gate-bias", ("[0]", "1", "2", "4")),
     "tau": (TOY, "--tau", ("0.001", "[0.003]", "0.01")),
     "rate": (TOY, "--rate", ("0.025", "[0.1]", "0.4")),
     "start": (TOY, "--dense-steps", ("1", "[8000]")),    # gates from the first step on, or afterwards
-    "distill": (SMALL_GPT, "--distill", ("[0]", "1")),
+    "constraint": (SMALL_GPT, "--constraint", ("sampled", "training", "[held-out]")),
+    "distill": (SMALL_GPT, "--distill", ("[0]", "0.3", "1", "3")),
+    "temperature": (SMALL_GPT, "--temperature", ("0.3", "[1]", "3")),
+    "width": (SMALL_GPT, "--width", ("64", "[128]", "256")),
 }
 
 
@@ -56,17 +60,21 @@ def one_run(line, folder):
 
 
 def outcome(folder):
-    """Active share, CE in nats, share of right sums (None: no such thing), was tau met?"""
+    """Active share, CE in nats, least share at the untouched model's CE, share of right sums, was tau met? None: the
+    run has no such number."""
     found = read_json(os.path.join(folder, "summary.json"))
-    return found["active_share"], found["sparse_ce"], found.get("sparse_accuracy"), found["constraint_met"]
+    names = "active_share", "sparse_ce", "share_at_untouched_ce", "sparse_accuracy", "constraint_met"
+    return [found.get(name) for name in names]
 
 
 def print_table(option, results):
-    print(f"\n| {option} | active edges, % | CE, nats | right, % | tau met |\n|---|---|---|---|---|")
+    print(f"\n| {option} | active edges, % | CE, nats | edges at the untouched CE, % | right, % | tau met |\n"
+          "|---|---|---|---|---|---|")
     for value, outcomes in results.items():
-        shares, losses, right, met = zip(*outcomes)
-        print(f"| {value} | {spread(shares, '.2f', 100)} | {spread(losses, '.4f')} | "
-              f"{'-' if None in right else spread(right, '.2f', 100)} | {sum(met)} of {len(met)} |")
+        shares, losses, *more, met = zip(*outcomes)
+        cells = [spread(shares, ".2f", 100), spread(losses, ".4f"),
+                 *("-" if None in of_seeds else spread(of_seeds, ".2f", 100) for of_seeds in more)]
+        print(f"| {value} | {' | '.join(cells)} | {sum(met)} of {len(met)} |")
 
 
 def spread(values, form, unit=1):
@@ -78,7 +86,8 @@ def spread(values, form, unit=1):
 def sweep(args):
     out = os.path.abspath(args.out)
     make_folder(out)
-    wanted = {name: commands(name, args.seeds, out) for name in ([args.name] if args.name else SWEEPS)}
+    names = [args.name] if args.name else [name for name, (base, *_) in SWEEPS.items() if base == TOY]
+    wanted = {name: commands(name, args.seeds, out) for name in names}
     runs = dict.fromkeys(run for found in wanted.values() for of_value in found.values() for run in of_value)
     with ThreadPoolExecutor(args.at_once) as pool:    # after a failure or Ctrl-C, map starts no further run
         list(tqdm(pool.map(one_run, *zip(*runs)), total=len(runs), desc="runs"))
@@ -94,7 +103,7 @@ def sweep(args):
 
 def main():
     parser = argparse.ArgumentParser(usage="python -m extras.sweep [name] [options]", description="Ablations.")
-    parser.add_argument("name", nargs="?", choices=SWEEPS, help="what takes several values; without it: each in turn")
+    parser.add_argument("name", nargs="?", choices=SWEEPS, help="what takes several values; without it: all of the toy")
     parser.add_argument("--seeds", type=between(int, 1, 100), default=3, help="0, 1, ... for each value (default 3)")
     parser.add_argument("--at-once", type=between(int, 1, 256), default=os.cpu_count() or 1,
                         help="runs at a time (default: one a core)")

@@ -27,20 +27,22 @@ def test_the_bracketed_values_are_the_defaults(monkeypatch):
     from support.options import parser
     seen = []
     monkeypatch.setattr(toy_addition, "run", lambda args: seen.append(args) or True)
-    monkeypatch.setattr("sys.argv", ["toy_addition.py"])
+    monkeypatch.setattr("sys.argv", sweep.TOY.split())
     toy_addition.main()
     monkeypatch.setattr("sys.argv", sweep.SMALL_GPT.split())
     of_train = parser()
     defaults = {sweep.TOY: vars(seen[0]).get, sweep.SMALL_GPT: of_train.get_default}
     for base, option, values in sweep.SWEEPS.values():
         value = next(v for v in values if v.startswith("["))
-        assert defaults[base](option[2:].replace("-", "_")) == float(value.strip("[]"))
+        default = defaults[base](option[2:].replace("-", "_"))
+        assert default == type(default)(value.strip("[]"))
 
 
 def test_a_small_sweep(tmp_path, monkeypatch, capsys):
     """Two values of the bias with the real program; a second call makes no run again."""
-    monkeypatch.setattr(sweep, "SWEEPS", {
-        "bias": ("toy_addition.py --steps 2 --dense-steps 2", "--gate-bias", ("[0]", "2"))})
+    toy = f"{sweep.TOY} --steps 2 --dense-steps 2"
+    monkeypatch.setattr(sweep, "TOY", toy)
+    monkeypatch.setattr(sweep, "SWEEPS", {"bias": (toy, "--gate-bias", ("[0]", "2"))})
     monkeypatch.setattr("sys.argv", ["sweep.py", "bias", "--seeds", "1", "--at-once", "2", "--out", str(tmp_path)])
     sweep.main()
     printed = capsys.readouterr().out
@@ -51,13 +53,13 @@ def test_a_small_sweep(tmp_path, monkeypatch, capsys):
     assert {b: {found["seed"] for found in s} for b, s in summaries.items()} == {0.0: {0}, 2.0: {0}}
     assert "0.25 (0.20 to 0.30)" == sweep.spread([0.2, 0.3], ".2f")
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][2:]
-    for value, share, loss, right, met in rows:
+    for value, share, loss, at_equal_loss, right, met in rows:
         of_value = summaries[float(value)]
         shares = [100 * s["active_share"] for s in of_value]
         assert share == f"{statistics.mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
         assert loss.startswith(f"{statistics.mean(s['sparse_ce'] for s in of_value):.4f}")
         assert right.startswith(f"{statistics.mean(100 * s['sparse_accuracy'] for s in of_value):.2f}")
-        assert met == "0 of 1"
+        assert met == "0 of 1" and at_equal_loss == "-"
     assert len(rows) == 2 and (tmp_path / "sweep.png").stat().st_size > 10_000
     monkeypatch.setattr(sweep.subprocess, "run", None)    # a second call finds every run there
     sweep.main()
@@ -66,7 +68,7 @@ def test_a_small_sweep(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SWEEPS", {"bias": ("toy_addition.py", "--gate-bias", ("-1", "[2]"))})
-    monkeypatch.setattr("sys.argv", ["sweep.py", "--seeds", "1", "--at-once", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["sweep.py", "bias", "--seeds", "1", "--at-once", "1", "--out", str(tmp_path)])
     monkeypatch.setattr(sweep, "commands", lambda *_: {"-1": [("toy_addition.py --gate-bias=-1",
                                                                str(tmp_path / "run"))]})
     with pytest.raises(SystemExit) as stopped:
