@@ -50,7 +50,7 @@ def forward(model, tokens, flip=None):
 
 
 def flip_scores(model, tokens, metric):
-    """(21) for every edge: (N,L,H,T,T), in the units of metric(logits) -> (N). Edges that a causal model lacks get 0."""
+    """(21) for every edge: (N,L,H,T,T), in the units of metric(logits) -> (N). Edges that the causal mask hides: 0."""
     logits, layers = forward(model, tokens)
     slopes = torch.autograd.grad(metric(logits).sum(), [z for z, *_ in layers])
     found = [(1 - 2 * gates) * p * (dz @ v.mT) for dz, (_, p, gates, v) in zip(slopes, layers)]
