@@ -75,7 +75,11 @@ def forward(model, tokens, read=None, write=None, frozen_gates=False):
         first = l * (H + 1)
         heads, mlp = slice(first, first + H), slice(first + H, first + H + 1)
         q, k, v = block.attn.heads(block.ln_1(read(heads, x) if read else x))        # (N,H,T,D)
-        z = frozen_attention(block.attn, q, k, v) if frozen_gates else block.attn.attend(q, k, v)[0]
+        if frozen_gates:    # attend itself has the straight-through gradient
+            p, gates = pattern(block.attn, q, k)
+            z = (gates * p) @ v
+        else:
+            z = block.attn.attend(q, k, v)[0]
         x = x + block.attn.project(write(slice(first + 1, first + H + 1), z))
         y = block.mlp(block.ln_2(read(mlp, x)[:, 0] if read else x))                 # (N,T,C)
         x = x + write(slice(first + H + 1, first + H + 2), y)
@@ -83,13 +87,13 @@ def forward(model, tokens, read=None, write=None, frozen_gates=False):
     return model.unembed(read(slice(last, last + 1), x)[:, 0] if read else x)
 
 
-def frozen_attention(attn, q, k, v):
-    """z of attn.attend with hard gates, but with A a constant: attend itself has the straight-through gradient only."""
+def pattern(attn, q, k):
+    """Softmax weights p, and hard gates A without a gradient, (N,H,T,T) each."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])                                       # (N,H,T,T)
     if attn.config.causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    p = torch.softmax(scores, -1)
-    return (p if attn.gate_bias is None else p * (scores + attn.gate_bias[:, None, None] > 0)) @ v
+    b = math.inf if attn.gate_bias is None else attn.gate_bias[:, None, None]
+    return torch.softmax(scores, -1), (scores + b > 0).to(scores.dtype)
 
 
 def outputs(model, tokens, read=None, frozen_gates=False):

@@ -13,7 +13,6 @@ forward pass each: of all edges, or of --flips random ones. m is the task's metr
 Shapes: N pairs, T positions, D head size, H heads, L layers.
 """
 import argparse
-import math
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from extras.circuits import spearman
 from extras.llama import load_model
 from extras.tasks import TASKS, make_pairs
+from patching import pattern
 from support.files import UserError, between, run_command
 
 SHOWN = 5    # rows of the table
@@ -35,13 +35,9 @@ def forward(model, tokens, flip=None):
     x, layers = model.embed(tokens), []
     for l, block in enumerate(model.h):
         q, k, v = block.attn.heads(block.ln_1(x))                                    # (N,H,T,D)
-        s = q @ k.mT / math.sqrt(q.shape[-1])                                        # (N,H,T,T)
-        if model.config.causal:
-            s = s.masked_fill(torch.ones_like(s[0, 0]).triu(1) > 0, -math.inf)
-        gates = (s + block.attn.gate_bias[:, None, None] > 0).to(s.dtype)
+        p, gates = pattern(block.attn, q, k)                                         # (N,H,T,T)
         if flip and flip[0] == l:
             gates[:, *flip[1:]] = 1 - gates[:, *flip[1:]]
-        p = torch.softmax(s, -1)
         z = (gates * p) @ v
         layers.append((z, p, gates, v))
         x = x + block.attn.project(z)

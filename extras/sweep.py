@@ -9,6 +9,7 @@ time as there are cores. A run that is in --out already is not made again, so a 
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,8 @@ def one_run(line, folder):
     if os.path.exists(os.path.join(folder, "summary.json")):
         return
     begun = os.path.exists(os.path.join(folder, "args.json"))    # by train.py
-    words = ["train.py", "--resume", folder] if begun else [*line.split(), "--out", folder]
+    program = line.partition(" --")[0].split()
+    words = [*program, "--resume", folder] if begun else [*shlex.split(line), "--out", folder]
     make_folder(folder)
     with open(f"{folder}.txt", "w", encoding="utf-8") as printed:
         done = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},

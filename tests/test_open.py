@@ -1,15 +1,19 @@
 """exercises/open/: the answers' own arithmetic, against a second way."""
 import itertools
 import math
+import re
+import shlex
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import toy_addition as toy
-from exercises.open import estimator, reward
+from exercises.open import arms, estimator, far, greater_than, reward
 from model import GPT
+from support.files import write_csv, write_json
 
 
 def test_the_exact_gradient_is_the_slope_of_the_expected_loss():
@@ -88,3 +92,99 @@ def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy):
         slopes.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
     assert torch.cosine_similarity(*slopes, 0) > 0.97 and slopes[1].norm() == pytest.approx(slopes[0].norm(), rel=0.1)
+
+
+def test_windows_end_in_copies_and_votes():
+    text, rng = np.full(1000, 65, np.uint16), np.random.default_rng(0)
+    rows = [bytes(row.tolist()).decode() for row in far.windows(text, 300, [0, "votes", 4, 24], rng)]
+    copies = [found for row in rows if (found := re.fullmatch(r"A+([a-z]+)\|\1\|", row))]
+    votes = [found for row in rows if (found := re.fullmatch(r"A+([01]{15})=([01])", row))]
+    assert {len(row) for row in rows} == {128} and {len(found[1]) for found in copies} == {4, 24}
+    assert all(found[2] == str(int(found[1].count("1") > 7)) for found in votes)
+    assert len(copies) + len(votes) + sum(row == "A" * 128 for row in rows) == 300 and len(votes) > 40
+
+
+def test_a_model_that_copies_is_right_and_one_that_guesses_is_not():
+    def reads_back(d):    # foresees the letter that stands d places back
+        class Model:
+            def eval(self):
+                return lambda idx: SimpleNamespace(logits=torch.nn.functional.one_hot(idx.roll(d, 1), 257))
+        return Model()
+    rows = far.windows(np.full(1000, 65, np.uint16), 50, [12], np.random.default_rng(0))
+    assert far.right(reads_back(12), rows, slice(-12, -1)) == 1
+    assert far.right(reads_back(3), rows, slice(-12, -1)) < 0.2
+
+
+def test_open_edges_by_distance(monkeypatch):
+    """One edge in all, 20 places back: of the distances 17 to 48 it is one of all edges there."""
+    maps = torch.zeros(1, 2, 1, far.T - 1, far.T - 1)
+    maps[0, 1, 0, 50, 30] = 0.5
+    found = far.open_by_distance(SimpleNamespace(attention_maps=lambda idx: maps), np.zeros((2, far.T)))
+    edges = sum(far.T - 1 - d for d in range(17, 49))
+    assert found == pytest.approx([0, 0, 0.5 / edges, 0])
+
+
+def test_sentences_of_greater_than_have_later_years():
+    idx, targets, years = greater_than.sentences()
+    assert idx.shape == targets.shape == (12 * 9 * 97, 12) and (targets[:, :-1] == -1).all()
+    assert (targets[:, -1] > years).all() and targets[:, -1].max() == 99 and torch.equal(idx[:, 7], years)
+    words = [greater_than.WORDS[t] for t in idx[0]]
+    assert " ".join(words) == "The war lasted from the year 11 02 to the year 11"
+
+
+@torch.no_grad()
+def test_kept_heads_of_greater_than_are_those_of_patching():
+    """With live MLPs it is patching's own curve; with MLPs from the corrupted run and no head, nothing is left of the
+    clean sentence but its embedding at the last position, which is the corrupted one's too."""
+    import patching as P
+    model = GPT(greater_than.GPTConfig(12, len(greater_than.WORDS), 2, 2, 16), torch.Generator().manual_seed(0)).eval()
+    for p in model.parameters():
+        p.mul_(5)
+    clean = greater_than.sentences()[0][::500]
+    corrupt = clean.clone()
+    corrupt[:, 7] = 1
+    metric = lambda logits: logits[:, -1, 5] - logits[:, -1, 50]
+    order = P.head_scores(model, clean, corrupt, metric).mean(0).flatten().argsort(descending=True)
+    live, corrupted = (greater_than.kept_heads(model, clean, corrupt, metric, live) for live in (True, False))
+    np.testing.assert_allclose(live, P.metric_of_kept_heads(model, clean, corrupt, metric, order).mean(0), atol=1e-5)
+    assert corrupted[0] == pytest.approx(metric(model(corrupt).logits).mean().item(), abs=1e-5)
+    assert live[-1] == pytest.approx(metric(model(clean).logits).mean().item(), abs=1e-5)
+
+
+def test_arms_are_compared_at_a_loss_that_all_have_reached(tmp_path, monkeypatch, capsys):
+    """The worst run gets down to 1.6: there the first arm has 50 % and, half-way between its evaluations, 35 %; the
+    second arm 20 % and, interpolated, 30 %."""
+    losses = {("a", 0): ([2.0, 1.6], [0.9, 0.5]), ("a", 1): ([1.7, 1.5], [0.5, 0.2]),
+              ("b", 0): ([1.6, 1.8], [0.2, 0.1]), ("b", 1): ([1.8, 1.4], [0.1, 0.5])}
+    commands = []
+
+    def run(line, folder):
+        commands.append(line)
+        name, _, seed = folder.rpartition("/")[2].partition("-")
+        found = losses[name, int(seed)]
+        write_json(f"{folder}/args.json", {})
+        write_json(f"{folder}/base.json", {})
+        write_csv(f"{folder}/log.csv", [{"step": n, "val_ce": ce, "active": share}
+                                       for n, (ce, share) in enumerate(zip(*found))])
+    monkeypatch.setattr(arms, "one_run", run)
+    arms.compare({"a": "train.py --x", "b": "train.py"}, 2, tmp_path, 1)
+    assert commands == ["train.py --x --seed 0", "train.py --x --seed 1", "train.py --seed 0", "train.py --seed 1"]
+    printed = capsys.readouterr().out
+    assert "least edges at CE 1.6000" in printed
+    assert "| a | 1.5500 (1.5000 to 1.6000) | 35.00 (20.00 to 50.00) | 35.00 (20.00 to 50.00) |" in printed
+    assert "| b | 1.6000 (1.4000 to 1.8000) | 30.00 (10.00 to 50.00) | 25.00 (20.00 to 30.00) |" in printed
+
+
+def test_the_arms_are_commands_that_exist(monkeypatch):
+    """Every option is known, and those that an arm shares with the other have one value."""
+    from exercises.open import lora, start
+    from extras.train_llama import OPTIONS as MORE
+    from support.options import parser
+    seen = {}
+    monkeypatch.setattr(lora, "compare", lambda found, *_: seen.update(found))
+    lora.run(SimpleNamespace(init="a model", data="text", steps=7, seeds=1, out="x", at_once=1))
+    for line in (*start.ARMS.values(), *seen.values()):
+        words = shlex.split(line.partition(" --")[2])
+        args = parser(more=MORE, argv=["--" + words[0], *words[1:]]).parse_args(["--" + words[0], *words[1:]])
+        assert args.device == "cpu" or args.init.endswith("a model") and args.gate_bias_lr == 0.1 and args.steps == 7
+    assert len(seen) == 4

@@ -53,7 +53,7 @@ def run(args):
     idx, targets = toy.addition_data()
     train_rows, held_out = toy.split()
     training = idx[train_rows], targets[train_rows]
-    print(f"{'seed':6}{'objective':16}{'edges, of 90':>14}{'right':>10}{'carry edge: with, without':>28}{'tau met':>10}")
+    print(f"{'seed':6}{'objective':16}{'edges, of 90':>14}{'right':>10}{'carry edge with, without':>28}{'tau met':>10}")
     for seed in range(args.seeds):
         dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(seed))
         toy.train_dense(dense, *training, args.dense_steps, seed)

@@ -1,0 +1,106 @@
+"""Where is dense or far attention needed, and what breaks first as tau loosens?
+
+    python -m exercises.open.far [--seeds 3] [--out runs/far]
+
+A small GPT reads docstrings, 128 bytes to a window. In a third of the windows the last bytes are d random letters shown
+twice, "qkz|qkz|": after a letter of the second copy, what comes next stands d places back, and d is 4 to 48. In another
+third they are 15 votes and the winner, "011010001110101=1": a mean over all votes. After dense training the model gets
+gates and trains on, under a looser and looser tau. For each tau: CE, edges, share of copied letters and of winners that
+are right, and the share of open edges by distance.
+"""
+import argparse
+import copy
+import os
+
+import numpy as np
+import torch
+
+from geco import Geco
+from model import GPT, GPTConfig
+from support.data import byte_encoding, load
+from support.files import between, make_folder, run_command
+from support.options import parser as train_options
+from support.place import Place
+from train import evaluate, fit
+
+T, VOTES = 128, 15
+DISTANCES = 4, 12, 24, 48
+BANDS = (1, 4), (5, 16), (17, 48), (49, 127)
+ROOMS = 0.02, 0.05, 0.1, 0.2    # tau above the dense model's CE, nats
+
+
+def windows(text, count, kinds, rng):
+    """(count,T) tokens: docstrings that end in what `kinds` has, drawn at random: 0 nothing, "votes", or a distance."""
+    rows = []
+    for kind in rng.choice(np.array(kinds, object), count):
+        probe = []
+        if kind == "votes":
+            votes = rng.integers(0, 2, VOTES)
+            probe = [*(48 + votes), ord("="), 48 + (2 * votes.sum() > VOTES)]
+        elif kind:
+            letters = rng.integers(97, 123, kind)
+            probe = [*letters, ord("|"), *letters, ord("|")]
+        start = rng.integers(len(text) - T)
+        rows.append(np.concatenate([text[start:start + T - len(probe)], probe]).astype(np.uint16))
+    return np.stack(rows)
+
+
+@torch.no_grad()
+def right(model, rows, asked):
+    """Share of the tokens at `asked`, a slice of a window, that the model foresees."""
+    rows = torch.from_numpy(rows.astype(np.int64))
+    return (model.eval()(rows[:, :-1]).logits.argmax(-1) == rows[:, 1:])[:, asked].double().mean().item()
+
+
+def open_by_distance(model, rows):
+    """Share of the allowed edges that are open in each of BANDS."""
+    is_open = (model.attention_maps(torch.from_numpy(rows[:, :-1].astype(np.int64))) > 0).double().mean((0, 1, 2))
+    distance = torch.arange(T - 1)[:, None] - torch.arange(T - 1)
+    return [is_open[(distance >= low) & (distance <= high)].mean().item() for low, high in BANDS]
+
+
+def run(args):
+    text, rng = load("stdlib", byte_encoding()), np.random.default_rng(0)
+    kinds = 4 * [0] + 4 * ["votes"] + list(DISTANCES)    # a third each
+    data = [windows(part, count, kinds, rng).flatten() for part, count in zip(text, (15_000, 321, 1_000))]
+    probes = {kind: windows(text[1], 200, [kind], rng) for kind in (*DISTANCES, "votes")}
+    options = train_options(argv=["--init", "scratch"]).parse_args(["--device", "cpu", "--seed", "0"])
+    print(f"{'seed':5}{'tau':>9}{'CE':>8}{'edges':>9}   right: " + "".join(f"{f'd = {d}':>8}" for d in DISTANCES)
+          + f"{'votes':>8}   open at distance " + ", ".join(f"{low}-{high}" for low, high in BANDS))
+    for seed in range(args.seeds):
+        options.seed, place = seed, Place("cpu", "float32")
+        dense = GPT(GPTConfig(T, 257, 4, 4, 128), generator=torch.Generator().manual_seed(seed))
+        fit(dense, data, folder(args, seed, "dense"), place, options, args.dense_steps, 2e-3)
+        base = evaluate(dense, data[1], place, options)[0]
+        for room in (None, *ROOMS):
+            model = copy.deepcopy(dense)
+            if room is not None:
+                model.set_gates(True, 2.0)
+                fit(model, data, folder(args, seed, f"sparse-{room}"), place, options, args.steps, 1e-3,
+                    Geco(base + room, rate=0.2, decay=0.9))
+            ce, active = evaluate(model, data[1], place, options)
+            found = [right(model, probes[d], slice(-d, -1)) for d in DISTANCES]    # without the first and the last "|"
+            found.append(right(model, probes["votes"], slice(-1, None)))
+            bands = ", ".join(f"{share:.2%}" for share in open_by_distance(model, probes[48]))
+            print(f"{seed:<5}{'dense' if room is None else f'+{room}':>9}{ce:8.3f}{active.mean():9.2%}" + " " * 10
+                  + "".join(f"{x:8.0%}" for x in found) + f"   {bands}", flush=True)
+
+
+def folder(args, seed, name):
+    path = os.path.join(args.out, f"{seed}-{name}")
+    make_folder(path)
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python -m exercises.open.far [options]",
+                                     description="Copies and votes: what goes first as tau loosens?")
+    parser.add_argument("--seeds", type=between(int, 1, 100), default=3, help="0, 1, ... (default 3)")
+    parser.add_argument("--dense-steps", type=between(int, 1, 10**7), default=4000, help="without gates (default 4000)")
+    parser.add_argument("--steps", type=between(int, 1, 10**7), default=1500, help="with gates (default 1500)")
+    parser.add_argument("--out", default="runs/far", help="folder of the runs (default runs/far)")
+    run_command(parser, run)
+
+
+if __name__ == "__main__":
+    main()

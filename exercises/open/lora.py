@@ -1,0 +1,40 @@
+"""Does LoRA limit how sparse a model can get?
+
+    python -m exercises.open.lora --init SMOLLM2 --data TEXT [--steps 200] [--out runs/lora]
+
+A Llama of somebody else's (a folder in Hugging Face's layout) trains with adapters of rank 4, 16 and 64, and whole, the
+same steps in every arm. One threshold per head is learned in all of them. Compared at equal CE. --init, --data and
+--steps are those of extras.train_llama.
+"""
+import argparse
+import os
+import shlex
+
+from exercises.open.arms import compare
+from support.files import between, run_command
+
+RANKS = {"rank 4": " --lora-rank 4", "rank 16": " --lora-rank 16", "rank 64": " --lora-rank 64", "all weights": ""}
+
+
+def run(args):
+    command = (f"-m extras.train_llama --init {shlex.quote(os.path.abspath(args.init))} --data "
+               f"{shlex.quote(os.path.abspath(args.data))} --steps {args.steps} --block-size 128 --batch-size 4 "
+               "--grad-accum 1 --eval-every 20 --eval-windows 64 --dtype bfloat16 --gate-bias-lr 0.1")
+    rates = {name: " --lr 1e-3" if rank else " --lr 2e-4" for name, rank in RANKS.items()}    # adapters start at 0
+    compare({name: command + rates[name] + rank for name, rank in RANKS.items()}, args.seeds, args.out, args.at_once)
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python -m exercises.open.lora --init MODEL --data TEXT [options]",
+                                     description="Edges by the rank of the adapters.")
+    parser.add_argument("--init", required=True, help="folder of the model")
+    parser.add_argument("--data", required=True, help="text to train on")
+    parser.add_argument("--steps", type=between(int, 1, 10**7), default=200, help="of each run (default 200)")
+    parser.add_argument("--seeds", type=between(int, 1, 100), default=1, help="0, 1, ... (default 1)")
+    parser.add_argument("--at-once", type=between(int, 1, 256), default=1, help="runs at a time (default 1)")
+    parser.add_argument("--out", default="runs/lora", help="folder of the runs (default runs/lora)")
+    run_command(parser, run)
+
+
+if __name__ == "__main__":
+    main()
