@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import toy_addition as toy
-from exercises.open import arms, estimator, far, greater_than, reward
+from exercises.open import arms, estimator, far, greater_than, reward, scale
 from model import GPT
 from support.files import write_csv, write_json
 
@@ -188,3 +188,17 @@ def test_the_arms_are_commands_that_exist(monkeypatch):
         args = parser(more=MORE, argv=["--" + words[0], *words[1:]]).parse_args(["--" + words[0], *words[1:]])
         assert args.device == "cpu" or args.init.endswith("a model") and args.gate_bias_lr == 0.1 and args.steps == 7
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("E", [1, 2])
+def test_parameters_are_counted_as_a_real_model_has_them(E):
+    """Without the norms, which the formula leaves out. The adapters are those that extras.lora puts there."""
+    from extras.llama import Llama, LlamaConfig
+    from extras.lora import add_adapters
+    model = Llama(LlamaConfig(16, 40, 3, 4, 24, n_kv_head=2, n_hidden=36, tied=E == 1))
+    found = scale.count(3, 24, 4, 2, 36, 40, E, 16, 5)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert found["parameters"] == matrices and found["all trained"] == 18 * matrices
+    add_adapters(model, 5, False, torch.bfloat16, torch.Generator())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["adapters"] == 2 * matrices + 16 * trained

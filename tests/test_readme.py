@@ -60,7 +60,10 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python (\w+\.py|-m extras\.\w+)", TEXT))))
+COMMANDS = sorted(set(re.findall(r"python (\w+\.py|-m (?:extras|exercises)(?:\.\w+)+)", TEXT)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_options_are_options(command, monkeypatch, capsys):
     """Every --option that a page names in a command is one of that command."""
     used = set()
