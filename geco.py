@@ -14,7 +14,7 @@ Loss below tau: lam shrinks and edges go. A training step, in both training loop
 
     geco.objective(edges, ce).backward()          # edges, ce: of sampled gates, differentiable
     optimizer.step()
-    row |= geco.step(seen, expected)              # an update, each few steps. seen: the CE that the constraint looks at
+    row = geco.step(seen, expected)               # an update, each few steps. seen: the CE that the constraint looks at
 
 Which CE it looks at is the loop's to choose. The paper's is that of the batch that trains, with sampled gates. Ours is
 that of the model that will be kept, whose gates are hard: in the toy with averaged weights, in train.py on other text.
@@ -56,8 +56,8 @@ class Geco:
     def objective(self, edges, ce):
         """The scalar to backpropagate: the Lagrangian.
 
-        edges: differentiable expected edges (a share or a count), or the objective of another constraint; ce:
-        differentiable cross-entropy, nats. (GECO shows Cbar as the value of ce - tau; the gradient is the same.)
+        edges: differentiable expected edges (a share or a count); ce: differentiable cross-entropy, nats. (GECO's paper
+        writes Cbar for the value of ce - tau here, with the gradient of ce: the gradient is the same.)
         """
         return edges + self.lam * (ce - self.tau)
 

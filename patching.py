@@ -60,13 +60,34 @@ def edge_names(config):
 
 # ---- The pass, written out
 
-def forward(model, tokens, read=None, write=None, frozen_gates=False):
+def live(attn, q, k, v):
+    """z (N,H,T,D) of a head, whose gates have the straight-through gradient."""
+    return attn.attend(q, k, v)[0]
+
+
+def frozen(attn, q, k, v):
+    """The same z, but no gradient goes through a gate."""
+    p, gates = pattern(attn, q, k)
+    return (gates * p) @ v
+
+
+def pattern(attn, q, k):
+    """Softmax weights p, and hard gates A without a gradient, (N,H,T,T) each."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])                                       # (N,H,T,T)
+    if attn.config.causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    is_open = scores > -math.inf if attn.gate_bias is None else scores + attn.gate_bias[:, None, None] > 0
+    return torch.softmax(scores, -1), is_open.to(scores.dtype)
+
+
+def forward(model, tokens, read=None, write=None, attend=live):
     """Logits (N,T,V) of a run with hard gates that can be looked into and changed on its way.
 
     read(d, x)     what destinations d read: the stream x (N,T,C) -> (N,n,T,C), a copy for each of the n
     write(s, out)  what sources s write: of embedding and MLPs (N,T,C), of heads their z (N,H,T,D) -> the same shape
-    d and s are slices of nodes(config)[1:] and nodes(config)[:-1], so that s is one more than d for the same node. The
-    heads of a layer come together. frozen_gates: no gradient goes through a gate, else the straight-through one.
+    attend(attn, q, k, v)    what the heads of a layer make of q, k and v: `live`, `frozen` or another
+    d and s are slices of nodes(config)[1:] and nodes(config)[:-1], so that s is one more than d for the same node: with
+    two heads, those of layer 0 are d = slice(0, 2) and s = slice(1, 3). The heads of a layer come together.
     """
     H = model.config.n_head
     write = write or (lambda s, out: out)
@@ -75,11 +96,7 @@ def forward(model, tokens, read=None, write=None, frozen_gates=False):
         first = l * (H + 1)
         heads, mlp = slice(first, first + H), slice(first + H, first + H + 1)
         q, k, v = block.attn.heads(block.ln_1(read(heads, x) if read else x))        # (N,H,T,D)
-        if frozen_gates:    # attend itself has the straight-through gradient
-            p, gates = pattern(block.attn, q, k)
-            z = (gates * p) @ v
-        else:
-            z = block.attn.attend(q, k, v)[0]
+        z = attend(block.attn, q, k, v)
         x = x + block.attn.project(write(slice(first + 1, first + H + 1), z))
         y = block.mlp(block.ln_2(read(mlp, x)[:, 0] if read else x))                 # (N,T,C)
         x = x + write(slice(first + H + 1, first + H + 2), y)
@@ -87,16 +104,7 @@ def forward(model, tokens, read=None, write=None, frozen_gates=False):
     return model.unembed(read(slice(last, last + 1), x)[:, 0] if read else x)
 
 
-def pattern(attn, q, k):
-    """Softmax weights p, and hard gates A without a gradient, (N,H,T,T) each."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])                                       # (N,H,T,T)
-    if attn.config.causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    b = math.inf if attn.gate_bias is None else attn.gate_bias[:, None, None]
-    return torch.softmax(scores, -1), (scores + b > 0).to(scores.dtype)
-
-
-def outputs(model, tokens, read=None, frozen_gates=False):
+def outputs(model, tokens, read=None, attend=live):
     """Of a run: {s.start: what the sources s write, as `write` of forward gets it}, and the logits (N,T,V)."""
     found = {}
 
@@ -104,7 +112,7 @@ def outputs(model, tokens, read=None, frozen_gates=False):
         found[s.start] = out
         return out
 
-    return found, forward(model, tokens, read, write, frozen_gates)
+    return found, forward(model, tokens, read, write, attend)
 
 
 def copies(d, x):
@@ -212,7 +220,7 @@ def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
     which acts by opening or shutting one scores 0 by default. Summed over destinations, a row is the attribution of
     the source node. Costs two runs and a backward pass.
     """
-    written, destinations, inputs = {}, [], []
+    written, destinations, inputs, attend = {}, [], [], live if gate_gradient else frozen
 
     def write(s, out):
         written[s.start] = out.detach()
@@ -224,9 +232,9 @@ def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
         return inputs[-1]
 
     with torch.enable_grad():
-        m = metric(forward(model, corrupt, read, write, frozen_gates=not gate_gradient)).sum()
+        m = metric(forward(model, corrupt, read, write, attend)).sum()
     grads = torch.autograd.grad(m, inputs, materialize_grads=True)
-    clean_outputs = outputs(model, clean, copies, not gate_gradient)[0]    # rounded as the other run: equal ones give 0
+    clean_outputs = outputs(model, clean, copies, attend)[0]    # rounded as the other run: equal ones give 0
     change = differences(model, clean_outputs, written)                              # (N,S,T,C)
     N, S = change.shape[:2]
     scores = change.new_zeros(N, S, S)

@@ -54,7 +54,8 @@ def evaluate(model, tokens, place, args):
 
 
 def look_every(args):
-    """Steps from one look of lambda to the next. A look of its own, a forward pass, costs a twelfth of four steps."""
+    """Steps from one look of lambda to the next. A look at other text is a forward pass more: a twelfth of four steps,
+    less with --grad-accum."""
     return 1 if args.constraint == "sampled" else 4
 
 
@@ -81,7 +82,7 @@ def adamw(model, args):
 
 @torch.no_grad()
 def optimizer_step(optimizer, lr, scores, score_lr):
-    """A step at the rate lr times that of each group, in which `scores`, those of q and k, move score_lr times as far.
+    """A step, each group at lr times its own rate; the weights `scores`, those of q and k, move score_lr times as far.
 
     q and k are two thirds of the rows of GPT-2's c_attn, and AdamW has one rate for a tensor. But its step is
     proportional to its rate, weight decay included: so this is AdamW with another rate for these rows.
@@ -110,8 +111,8 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     to. shift: by how much the text that lambda looks at is harder than the validation text. Leaves (support/log.py)
     out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
     """
-    train_tokens, val_tokens, unseen_tokens = data
-    watched = {"held-out": unseen_tokens, "training": train_tokens, "sampled": None}[args.constraint]
+    train_tokens, val_tokens, constraint_tokens = data
+    watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
     T, B, micros, every = model.config.block_size, args.batch_size, args.grad_accum, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     log = Log(out, model, optimizer, geco)    # reads out/last.pt into them, if it is there
@@ -131,7 +132,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
         if step == steps:
             break
         torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
-        seen = torch.zeros(3, dtype=torch.float64)                           # CE, expected and sampled edges
+        totals = torch.zeros(3, dtype=torch.float64)                         # CE, expected and sampled edges
         for micro in range(micros):
             first = ((step * micros + micro) * place.size + place.rank) * B
             idx, targets = (t.to(place.device) for t in batch(train_tokens, T, first, B, args.seed))
@@ -144,8 +145,8 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
                     if teacher:    # a second loss to keep low, at the CE's price in edges
                         loss = loss + args.distill * geco.lam * divergence(found.logits, teacher(idx).logits)
                 (loss / micros).backward()
-            seen += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
-        ce, expected, sampled = place.mean(*seen.tolist())    # what a Geco sees must be the same on every rank
+            totals += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
+        ce, expected, sampled = place.mean(*totals.tolist())    # what a Geco sees must be the same on every rank
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not (math.isfinite(ce) and math.isfinite(norm)):
             raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
@@ -157,8 +158,8 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
         status = f"step {log.step} of {steps}, CE {ce:.3f}"
         if geco:
             if step % every == 0:
-                kept = ce if watched is None else look(model, watched, step // every, place, args) - shift
-                log.last = geco.step(kept, expected)
+                seen = ce if watched is None else look(model, watched, step // every, place, args) - shift
+                log.last = geco.step(seen, expected)
             status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         bar.set_postfix_str(status, refresh=False)
         bar.update(tokens_per_step)
@@ -215,7 +216,8 @@ def run(args, load, encoding_of, prepare):
     model.set_gates(not args.dense, args.gate_bias)
     for block in model.h if args.gate_bias_lr and not args.dense else ():
         block.attn.gate_bias.requires_grad_()
-    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate * look_every(args), args.decay)
+    every = look_every(args)    # rate and decay are options per step
+    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate * every, args.decay ** every)
     shift = base["shift"] if args.constraint == "held-out" else 0.0
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
     if place.device.type == "cuda":
@@ -229,17 +231,17 @@ def run(args, load, encoding_of, prepare):
 def untouched(model, data, place, args):
     """The facts of base.json: the untouched model's validation CE, its active share, tau, which may follow, and shift,
     by how much the constraint's split is harder for it than the validation split."""
-    path, (_, val_tokens, unseen_tokens) = os.path.join(args.out, "base.json"), data
+    path, (_, val_tokens, constraint_tokens) = os.path.join(args.out, "base.json"), data
     if not os.path.exists(path):
         ce, active = evaluate(model, val_tokens, place, args)
-        unseen_ce, _ = evaluate(model, unseen_tokens, place, args)
-        ce, active, unseen_ce = place.mean(ce, active.mean().item(), unseen_ce)
+        constraint_ce, _ = evaluate(model, constraint_tokens, place, args)
+        ce, active, constraint_ce = place.mean(ce, active.mean().item(), constraint_ce)
         if not math.isfinite(ce):
             raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "
                             "take another --init, or a lower --dense-lr, and another --out")
         tau = None if args.dense else args.tau or ce + 0.05
         T = model.config.block_size
-        write_json(path, {"ce": ce, "active": active, "tau": tau, "shift": unseen_ce - ce, "block_size": T,
+        write_json(path, {"ce": ce, "active": active, "tau": tau, "shift": constraint_ce - ce, "block_size": T,
                           "edges_per_token": allowed_edges(model.config) / T})
     return read_json(path)
 

@@ -74,12 +74,12 @@ def print_table(option, results):
           "|---|---|---|---|---|---|")
     for value, outcomes in results.items():
         shares, losses, *more, met = zip(*outcomes)
-        cells = [spread(shares, ".2f", 100), spread(losses, ".4f"),
-                 *("-" if None in of_seeds else spread(of_seeds, ".2f", 100) for of_seeds in more)]
+        cells = [mean_and_range(shares, ".2f", 100), mean_and_range(losses, ".4f"),
+                 *("-" if None in of_seeds else mean_and_range(of_seeds, ".2f", 100) for of_seeds in more)]
         print(f"| {value} | {' | '.join(cells)} | {sum(met)} of {len(met)} |")
 
 
-def spread(values, form, unit=1):
+def mean_and_range(values, form, unit=1):
     """Mean and range, in words."""
     values = unit * np.array(values)
     return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"

@@ -5,6 +5,7 @@ import csv
 import http.client
 import json
 import os
+import sys
 import tempfile
 import urllib.request
 
@@ -31,12 +32,15 @@ def between(kind, low, high):
 
 
 def run_command(parser, function):
-    """What function(args) returns, args from the command line. A user's mistake ends in its message and exit code 2."""
+    """What function(args) returns, args from the command line. A user's mistake ends in its message and exit code 2,
+    Ctrl-C in code 1."""
     args = parser.parse_args()
     try:
         return function(args)
     except (UserError, FloatingPointError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 def pick_device(name=None):

@@ -35,7 +35,7 @@ OPTIONS = (    # name, type (or choices), default, help
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, 1e-3, 10.0), 1.0, "lambda at the start; below 1, edges go at once"),
     ("rate", between(float, 1e-9, 100.0), 0.05, "kappa of GECO, per step: how fast lambda answers"),
-    ("decay", between(float, 0.0, 0.9999), 0.9, "alpha of GECO: how long Cbar remembers"),
+    ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
     ("distill", between(float, 0.0, 1000.0), 0.0, "weight of KL(untouched || sparse) beside the CE: both times lambda"),
     ("eval-every", COUNT, 100, "steps between evaluations"),
     ("eval-windows", COUNT, 128, "sequences of the validation split they read"),
@@ -56,7 +56,7 @@ def parser(about="", more=(), argv=None):
     """An argparse parser whose defaults are those of the --init that argv (sys.argv) names. more: further OPTIONS."""
     found = argparse.ArgumentParser(
         usage="%(prog)s --tau 3.3 [options]    (--help lists them)", description=about,
-        epilog="defaults with --init scratch: " + ", ".join(f"{name} {value}" for name, value in SCRATCH.items()))
+        epilog="defaults with --init scratch: " + " ".join(f"--{n.replace('_', '-')} {v}" for n, v in SCRATCH.items()))
     for name, kind, default, help in (*OPTIONS, *more):
         how = dict(action="store_true") if kind is bool else dict(type=kind) if callable(kind) else dict(choices=kind)
         shown = f" (default {default})" if default else ""

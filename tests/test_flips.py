@@ -62,8 +62,9 @@ EDGES = [(0, 0, 2, 1), (0, 1, 5, 0), (1, 0, 3, 3), (1, 1, 5, 4), (1, 0, 0, 0)]
 
 
 def test_flips_are_their_steps_and_scores_their_slopes(model):
-    torch.testing.assert_close(flips.forward(model, TOKENS)[0], model(TOKENS).logits)
-    scores, true = flips.flip_scores(model, TOKENS, metric), flips.true_flips(model, TOKENS, metric, EDGES)
+    torch.testing.assert_close(flips.flipped(model, TOKENS)[0], model(TOKENS).logits)
+    (scores, gates), true = flips.flip_scores(model, TOKENS, metric), flips.true_flips(model, TOKENS, metric, EDGES)
+    torch.testing.assert_close(gates, (model.attention_maps(TOKENS) > 0).double().transpose(0, 1))
     assert scores.shape == (3, 2, 2, 6, 6) and true.shape == (5, 3)
     for n, edge in enumerate(EDGES):
         before = metric_with(model, edge, 0.0)

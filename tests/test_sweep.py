@@ -51,7 +51,7 @@ def test_a_small_sweep(tmp_path, monkeypatch, capsys):
         found = json.loads(path.read_text())
         summaries.setdefault(found["gate_bias"], []).append(found)
     assert {b: {found["seed"] for found in s} for b, s in summaries.items()} == {0.0: {0}, 2.0: {0}}
-    assert "0.25 (0.20 to 0.30)" == sweep.spread([0.2, 0.3], ".2f")
+    assert "0.25 (0.20 to 0.30)" == sweep.mean_and_range([0.2, 0.3], ".2f")
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][2:]
     for value, share, loss, at_equal_loss, right, met in rows:
         of_value = summaries[float(value)]

@@ -141,12 +141,12 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_the_multiplier_follows_the_formula(every_step):
-    """(4) and (5) again, from the logged losses alone: tau 4, kappa 0.05, alpha 0.9. The lam of a row is the one
+    """(4) and (5) again, from the logged losses alone: tau 4, kappa 0.05, alpha 0.97. The lam of a row is the one
     that its step used."""
     average, lam = None, 1.0
     for row in log(every_step["sampled"])[1:]:
         c = row["train_ce"] - 4
-        average = c if average is None else 0.9 * average + 0.1 * c
+        average = c if average is None else 0.97 * average + 0.03 * c
         assert row["c_bar"] == pytest.approx(average, abs=1e-9) and row["lam"] == pytest.approx(lam, rel=1e-9)
         lam *= math.exp(0.05 * average)
 
@@ -172,8 +172,12 @@ def test_lambda_sees_the_kept_model_on_other_text(tiny, tmp_path, constraint):
 
 
 def test_lambda_answers_every_fourth_step(every_step):
-    lams = [row["lam"] for row in log(every_step["held-out"])[1:]]    # a row's is the one that its last look ended
+    """Four times as far: kappa is per step. A row's lam is the one that its last look ended."""
+    rows = log(every_step["held-out"])[1:]
+    lams = [row["lam"] for row in rows]
     assert len(lams) == 20 and all(len(set(lams[n:n + 4])) == 1 for n in range(0, 20, 4)) and len(set(lams)) == 5
+    for row, later in zip(rows[::4], rows[4::4]):
+        assert later["lam"] == pytest.approx(row["lam"] * math.exp(4 * 0.05 * row["c_bar"]))
 
 
 def test_the_share_at_a_loss_by_interpolation():

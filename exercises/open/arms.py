@@ -1,10 +1,11 @@
 """What the open questions share that compare trainings: every arm is a command, and edges are read at the same loss."""
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from extras.sweep import one_run, spread
+from extras.sweep import mean_and_range, one_run
 from support.files import make_folder
 from support.log import read_run, share_at
 
@@ -13,17 +14,16 @@ def compare(arms, seeds, out, at_once):
     """Run {name: command without --seed and --out} with seeds 0, 1, ... on a thread each, and print an arm a row: last
     CE, least edges at a CE that every run has reached, mean and range over the seeds."""
     make_folder(out)
-    runs = {(name, seed): os.path.join(os.path.abspath(out), f"{name.replace(' ', '-')}-{seed}")
-            for name in arms for seed in range(seeds)}
-    lines = [f"{arms[name]} --seed {seed}" for name, seed in runs]
+    lines = {(name, seed): f"{arms[name]} --seed {seed}" for name in arms for seed in range(seeds)}
+    folders = {run: os.path.join(os.path.abspath(out), re.sub(r"[^\w.]+", "-", line)) for run, line in lines.items()}
     with ThreadPoolExecutor(at_once) as pool:
-        list(tqdm(pool.map(one_run, lines, runs.values()), total=len(runs), desc="runs"))
-    rows = {run: read_run(folder)[2] for run, folder in runs.items()}
+        list(tqdm(pool.map(one_run, lines.values(), folders.values()), total=len(lines), desc="runs"))
+    rows = {run: read_run(folder)[2] for run, folder in folders.items()}
     reached = max(min(row["val_ce"] for row in found) for found in rows.values())    # by the worst run
     print(f"| | last CE, nats | edges then, % | least edges at CE {reached:.4f}, % |\n|---|---|---|---|")
     for name in arms:
         found = [rows[name, seed] for seed in range(seeds)]
-        cells = (spread([of_run[-1]["val_ce"] for of_run in found], ".4f"),
-                 spread([of_run[-1]["active"] for of_run in found], ".2f", 100),
-                 spread([share_at(of_run, reached) for of_run in found], ".2f", 100))
+        cells = (mean_and_range([of_run[-1]["val_ce"] for of_run in found], ".4f"),
+                 mean_and_range([of_run[-1]["active"] for of_run in found], ".2f", 100),
+                 mean_and_range([share_at(of_run, reached) for of_run in found], ".2f", 100))
         print(f"| {name} | {' | '.join(cells)} |")

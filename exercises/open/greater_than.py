@@ -3,9 +3,10 @@
     python -m exercises.open.greater_than [--seeds 3] [--out runs/greater-than]
 
 A small GPT (4 layers, 4 heads) learns sentences "The war lasted from the year 17 32 to the year 17" -> any later year,
-a token a word and two for a year. Then it gets gates, under CE <= its dense CE + 0.02, with the loops of the toy. For
-both models: heads kept in a clean run, all others as in the run in which the first year ends in 01, until they have 0.9
-of the effect. *Live* MLPs answer to what they read; *corrupted* ones write what they wrote in the corrupted run.
+a token a word and two for a year. Then it gets gates, under CE <= its dense CE + 0.02, with the loops of the toy; the
+last model is taken. For both models: heads kept in a clean run, all others as in the run in which the first year ends
+in 01, until they have 0.9 of the effect. *Live* MLPs answer to what they read; *corrupted* ones write what they wrote
+in the corrupted run.
 """
 import argparse
 import copy
@@ -36,7 +37,7 @@ def sentences():
     rng, rows = np.random.default_rng(0), []
     for noun in NOUNS.split()[:12]:
         for century in range(11, 20):
-            for year in range(2, 99):
+            for year in range(1, 99):
                 rows.append([*encode(noun, century, year), rng.integers(year + 1, 100)])
     rows = torch.tensor(np.array(rows))
     targets = torch.full_like(rows[:, :-1], -1)
@@ -44,10 +45,9 @@ def sentences():
     return rows[:, :-1], targets, rows[:, 7]
 
 
-def kept_heads(model, clean, corrupt, metric, live):
-    """m with the k best heads kept, k = 0 ... L*H; the ranking is that of head_scores, averaged. live: the MLPs."""
+def kept_heads(model, clean, corrupt, metric, order, live):
+    """m with the first k heads of `order` kept, k = 0 ... L*H, mean over pairs. live: the MLPs."""
     L, H = model.config.n_layer, model.config.n_head
-    order = P.head_scores(model, clean, corrupt, metric).mean(0).flatten().argsort(descending=True)
     theirs, found = P.outputs(model, corrupt)[0], []
     for k in range(L * H + 1):
         dropped = (order.argsort() >= k).view(L, H)
@@ -64,14 +64,16 @@ def kept_heads(model, clean, corrupt, metric, live):
 def run(args):
     make_folder(args.out)
     idx, targets, years = sentences()
-    rows = torch.from_numpy(np.random.default_rng(1).choice(len(idx), args.pairs, replace=False))
+    later = (years > 1).nonzero()[:, 0].numpy()
+    rows = torch.from_numpy(np.random.default_rng(1).choice(later, args.pairs, replace=False))
     clean, corrupt = idx[rows], idx[rows].clone()
     corrupt[:, 7] = 1
     metric = functools.partial(later_years, numbers=torch.arange(100).expand(len(rows), -1), year=years[rows])
     print(f"{'seed':6}{'model':8}{'CE':>8}{'edges':>9}{'m, clean and 01':>18}    heads kept for 0.9, of 16: MLPs live, "
           "corrupted")
     for seed in range(args.seeds):
-        dense = GPT(GPTConfig(len(idx[0]), len(WORDS), 4, 4, 64), generator=torch.Generator().manual_seed(seed))
+        config = GPTConfig(block_size=len(idx[0]), vocab_size=len(WORDS), n_layer=4, n_head=4, n_embd=64)
+        dense = GPT(config, generator=torch.Generator().manual_seed(seed))
         toy.train_dense(dense, idx, targets, args.dense_steps, seed)
         ce = toy.evaluate(dense, idx, targets)["hard_ce"]
         sparse = copy.deepcopy(dense)
@@ -80,11 +82,14 @@ def run(args):
         for name, model in (("dense", dense), ("sparse", sparse)):
             found = toy.evaluate(model, idx, targets)
             with torch.no_grad():
-                m = [metric(model(tokens).logits).mean().item() for tokens in (clean, corrupt)]
-                curves = [kept_heads(model, clean, corrupt, metric, live) for live in (True, False)]
-            needed = [P.heads_needed((c - curves[0][0]) / (m[0] - curves[0][0])) for c in curves]
+                m_clean, m_corrupt = (metric(model(tokens).logits) for tokens in (clean, corrupt))
+                changes = P.head_scores(model, clean, corrupt, metric) * (m_clean - m_corrupt)[:, None, None]
+                order = changes.mean(0).flatten().argsort(descending=True)
+                curves = [kept_heads(model, clean, corrupt, metric, order, live) for live in (True, False)]
+            high, low = m_clean.mean().item(), m_corrupt.mean().item()
+            needed = [P.heads_needed((curve - low) / (high - low)) for curve in curves]
             print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / toy.allowed_edges(model.config):9.2%}"
-                  f"{f'{m[0]:.2f}, {m[1]:.2f}':>18}    {needed[0]}, {needed[1] or 'never'}", flush=True)
+                  f"{f'{high:.2f}, {low:.2f}':>18}    {needed[0]}, {needed[1] or 'never'}", flush=True)
             save_checkpoint(model, os.path.join(args.out, f"{seed}-{name}.pt"))
 
 

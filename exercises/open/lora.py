@@ -2,9 +2,10 @@
 
     python -m exercises.open.lora --init SMOLLM2 --data TEXT [--steps 200] [--out runs/lora]
 
-A Llama of somebody else's (a folder in Hugging Face's layout) trains with adapters of rank 4, 16 and 64, and whole, the
-same steps in every arm. One threshold per head is learned in all of them. Compared at equal CE. --init, --data and
---steps are those of extras.train_llama.
+A Llama of somebody else's (a folder in Hugging Face's layout) trains for the same number of steps with adapters on q
+and k, of rank 4, 16 and 64, with adapters of rank 16 on every layer, and whole. One threshold per head is learned in
+all arms. Adapters train at 1e-3 and whole models at 2e-4, usual rates for each: only the first three differ in the rank
+alone. Compared at equal CE. --init, --data and --steps are those of extras.train_llama.
 """
 import argparse
 import os
@@ -13,15 +14,17 @@ import shlex
 from exercises.open.arms import compare
 from support.files import between, run_command
 
-RANKS = {"rank 4": " --lora-rank 4", "rank 16": " --lora-rank 16", "rank 64": " --lora-rank 64", "all weights": ""}
+ARMS = {"rank 4": "--lr 1e-3 --lora-rank 4", "rank 16": "--lr 1e-3 --lora-rank 16",
+        "rank 64": "--lr 1e-3 --lora-rank 64", "rank 16, all layers": "--lr 1e-3 --lora-rank 16 --lora-all",
+        "all weights": "--lr 2e-4"}
 
 
 def run(args):
-    command = (f"-m extras.train_llama --init {shlex.quote(os.path.abspath(args.init))} --data "
-               f"{shlex.quote(os.path.abspath(args.data))} --steps {args.steps} --block-size 128 --batch-size 4 "
-               "--grad-accum 1 --eval-every 20 --eval-windows 64 --dtype bfloat16 --gate-bias-lr 0.1")
-    rates = {name: " --lr 1e-3" if rank else " --lr 2e-4" for name, rank in RANKS.items()}    # adapters start at 0
-    compare({name: command + rates[name] + rank for name, rank in RANKS.items()}, args.seeds, args.out, args.at_once)
+    init, data = (os.path.abspath(path) if os.path.exists(path) else path for path in (args.init, args.data))
+    command = (f"-m extras.train_llama --init {shlex.quote(init)} --data {shlex.quote(data)} --steps {args.steps} "
+               "--block-size 128 --batch-size 4 --grad-accum 1 --eval-every 20 --eval-windows 64 --dtype bfloat16 "
+               "--gate-bias-lr 0.1")
+    compare({name: f"{command} {arm}" for name, arm in ARMS.items()}, args.seeds, args.out, args.at_once)
 
 
 def main():

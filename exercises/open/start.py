@@ -2,8 +2,10 @@
 
     python -m exercises.open.start [--seeds 3] [--out runs/start]
 
-A small GPT reads the same tokens in both arms, at the same learning rate, weight decay, tau and GECO: 2,000 steps
-without gates and 3,000 with, or 5,000 with. All gates start open (b = 8: one in 3,000 is shut). Compared at equal CE.
+A small GPT reads as many tokens in both arms, with the same peak rate, weight decay, tau and GECO: 2,000 steps without
+gates and 3,000 with, or 5,000 with. (The first arm has two warm-ups and two cosines.) All gates start open: with b = 8
+one draw in 3,000 is shut. Lambda looks at training text: how much harder other text is, is known of a trained model
+only. Compared at equal CE.
 """
 import argparse
 import os
@@ -11,7 +13,8 @@ import os
 from exercises.open.arms import compare
 from support.files import between, run_command
 
-COMMAND = "train.py --init scratch --data stdlib --device cpu --dense-lr 1e-3 --gate-bias 8 --tau 1.75"
+COMMAND = ("train.py --init scratch --data stdlib --device cpu --dense-lr 1e-3 --gate-bias 8 --tau 1.75 "
+           "--constraint training")
 ARMS = {"dense, then sparse": f"{COMMAND} --dense-steps 2000 --steps 3000",
         "sparse from the start": f"{COMMAND} --dense-steps 1 --steps 4999"}
 
