@@ -10,7 +10,7 @@ RUN is the folder given by --out. It gets args.json (the options), base.json (th
 per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose validation loss
 met tau), summary.json and three pictures; with --init scratch also dense/, the same of the dense training. Losses are
 cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes from sampled gates on the
-training text; lambda listens to the model that is kept, with hard gates, on text that it does not train on.
+training text; lambda listens to the model that is kept, averaged weights and hard gates, on text never trained on.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed is the run that was not.
@@ -64,10 +64,8 @@ def look(model, tokens, n, place, args):
     """What lambda sees at its n-th look: CE of hard gates in nats per token, on one batch of windows a process."""
     first = (n * place.size + place.rank) * args.batch_size
     idx, targets = batch(tokens, model.config.block_size, first, args.batch_size, args.seed)
-    model.eval()
     with place.autocast():
-        ce = model(idx.to(place.device), targets.to(place.device)).loss.item()
-    model.train()
+        ce = model.eval()(idx.to(place.device), targets.to(place.device)).loss.item()
     return place.mean(ce)[0]
 
 
@@ -78,6 +76,29 @@ def adamw(model, args):
     thresholds = {"params": [p for is_threshold, p in trained if is_threshold], "times": args.gate_bias_lr / args.lr}
     return torch.optim.AdamW([weights, thresholds | {"weight_decay": 0.0}], betas=(0.9, 0.95),
                              weight_decay=args.weight_decay)
+
+
+def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
+    """Add the gradient of a step on windows of T tokens to the weights' .grad -> its CE, expected and sampled edges.
+
+    forward: the model, which may be compiled or wrapped. The three numbers are the same in every process.
+    """
+    torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
+    B, micros, totals = args.batch_size, args.grad_accum, torch.zeros(3, dtype=torch.float64)
+    for micro in range(micros):
+        first = ((step * micros + micro) * place.size + place.rank) * B
+        idx, targets = (t.to(place.device) for t in batch(tokens, T, first, B, args.seed))
+        synchronise = place.size == 1 or micro == micros - 1
+        with nullcontext() if synchronise else forward.no_sync():
+            with place.autocast():
+                found = forward(idx, targets)
+                edges = found.expected_edges.mean()
+                loss = geco.objective(edges, found.loss) if geco else found.loss
+                if teacher:    # a second loss to keep low, at the CE's price in edges
+                    loss = loss + args.distill * geco.lam * divergence(found.logits, teacher(idx).logits)
+            (loss / micros).backward()
+        totals += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
+    return place.mean(*totals.tolist())
 
 
 @torch.no_grad()
@@ -96,6 +117,14 @@ def optimizer_step(optimizer, lr, scores, score_lr):
         p.copy_(torch.lerp(old, p, score_lr))
 
 
+@torch.no_grad()
+def average(kept, model, step):
+    """Move kept's trained weights towards model's: so they are the mean of all steps, later of the last 100 or so."""
+    for mean, new in zip(kept.parameters(), model.parameters()):
+        if new.requires_grad:
+            mean.lerp_(new, max(0.01, 1 / (step + 1)))
+
+
 def stop(log, place, args):
     """After Ctrl-C: leave what --resume needs."""
     if place.rank > 0:
@@ -108,19 +137,21 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     """Train up to step `steps`, going on from out/last.pt if there is one.
 
     With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the untouched model, frozen, to stay close
-    to. shift: by how much the text that lambda looks at is harder than the validation text. Leaves (support/log.py)
-    out/last.pt, out/log.csv and, as soon as an evaluation meets tau, out/best.pt.
+    to. shift: by how much the text that lambda looks at is harder than the validation text. What is evaluated and kept
+    are averaged weights; in the end they are those of `model`. Leaves (support/log.py) out/last.pt, out/log.csv and, as
+    soon as an evaluation meets tau, out/best.pt.
     """
     train_tokens, val_tokens, constraint_tokens = data
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
-    T, B, micros, every = model.config.block_size, args.batch_size, args.grad_accum, look_every(args)
+    T, every = model.config.block_size, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
-    log = Log(out, model, optimizer, geco)    # reads out/last.pt into them, if it is there
+    kept = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})    # shares the others
+    log = Log(out, model, kept, optimizer, geco)    # reads out/last.pt into them, if it is there
     if place.rank == 0:
         log.mend()
     forward = torch.compile(model) if args.compile else model
     forward = DistributedDataParallel(forward) if place.size > 1 else forward
-    tokens_per_step, interrupted = T * B * micros * place.size, []
+    tokens_per_step, interrupted = T * args.batch_size * args.grad_accum * place.size, []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))    # Ctrl-C: finish the step, save, stop
     bar = tqdm(total=steps * tokens_per_step, initial=log.step * tokens_per_step, unit=" tokens", unit_scale=True,
                desc="sparse" if geco else "dense ", disable=place.rank > 0)
@@ -128,37 +159,23 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     for step in range(log.step, steps + 1):    # once more than there are steps, to evaluate the last
         recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
         if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
-            log.add(step * tokens_per_step, *evaluate(model, val_tokens, place, args))
+            log.add(step * tokens_per_step, *evaluate(kept, val_tokens, place, args))
         if step == steps:
             break
-        torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
-        totals = torch.zeros(3, dtype=torch.float64)                         # CE, expected and sampled edges
-        for micro in range(micros):
-            first = ((step * micros + micro) * place.size + place.rank) * B
-            idx, targets = (t.to(place.device) for t in batch(train_tokens, T, first, B, args.seed))
-            synchronise = place.size == 1 or micro == micros - 1
-            with nullcontext() if synchronise else forward.no_sync():
-                with place.autocast():
-                    found = forward(idx, targets)
-                    edges = found.expected_edges.mean()
-                    loss = geco.objective(edges, found.loss) if geco else found.loss
-                    if teacher:    # a second loss to keep low, at the CE's price in edges
-                        loss = loss + args.distill * geco.lam * divergence(found.logits, teacher(idx).logits)
-                (loss / micros).backward()
-            totals += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
-        ce, expected, sampled = place.mean(*totals.tolist())    # what a Geco sees must be the same on every rank
+        ce, expected, sampled = add_gradient(forward, train_tokens, T, step, place, args, geco, teacher)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not (math.isfinite(ce) and math.isfinite(norm)):
             raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
                                      "start anew, in another --out, with a lower --lr")
         warm, cosine = (step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        optimizer_step(optimizer, lr * min(warm, cosine), scores, args.score_lr)
+        optimizer_step(optimizer, lr * min(warm, cosine), scores, args.score_lr if geco else 1)
+        average(kept, model, step)
         log.step = step + 1
         log.recent.append(ce)
         status = f"step {log.step} of {steps}, CE {ce:.3f}"
         if geco:
             if step % every == 0:
-                seen = ce if watched is None else look(model, watched, step // every, place, args) - shift
+                seen = ce if watched is None else look(kept, watched, step // every, place, args) - shift
                 log.last = geco.step(seen, expected)
             status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         bar.set_postfix_str(status, refresh=False)
@@ -167,6 +184,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
             stop(log, place, args)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    model.load_state_dict(kept.state_dict())
 
 
 def run(args, load, encoding_of, prepare):
@@ -239,7 +257,7 @@ def untouched(model, data, place, args):
         if not math.isfinite(ce):
             raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "
                             "take another --init, or a lower --dense-lr, and another --out")
-        tau = None if args.dense else args.tau or ce + 0.05
+        tau = None if args.dense else args.tau or ce
         T = model.config.block_size
         write_json(path, {"ce": ce, "active": active, "tau": tau, "shift": constraint_ce - ce, "block_size": T,
                           "edges_per_token": allowed_edges(model.config) / T})

@@ -14,14 +14,16 @@ from support.weights import read_weights, save_checkpoint
 class Log:
     """log.csv, last.pt and best.pt of one training, in the folder `out`. It goes on from a last.pt that is there."""
 
-    def __init__(self, out, model, optimizer, geco):
-        self.out, self.model, self.optimizer, self.geco = out, model, optimizer, geco
+    def __init__(self, out, model, kept, optimizer, geco):
+        """model: the weights that train; kept: their average, which the checkpoints hold."""
+        self.out, self.model, self.kept, self.optimizer, self.geco = out, model, kept, optimizer, geco
         self.step, self.rows = 0, []
         self.recent = []    # CE of the steps since the last row
         self.last = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}    # step's
         if os.path.exists(self.path("last.pt")):
             weights, state = read_weights(self.path("last.pt"))
-            model.load_state_dict(weights)
+            kept.load_state_dict(weights)
+            model.load_state_dict(state["trained"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.rows, self.recent, self.last = (state[k] for k in ("step", "rows", "recent", "last"))
             if geco:
@@ -38,8 +40,8 @@ class Log:
         return os.path.join(self.out, name)
 
     def save(self):
-        save_checkpoint(self.model, self.path("last.pt"), step=self.step, rows=self.rows, recent=self.recent,
-                        last=self.last, optimizer=self.optimizer.state_dict(),
+        save_checkpoint(self.kept, self.path("last.pt"), step=self.step, rows=self.rows, recent=self.recent,
+                        last=self.last, trained=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                         geco=self.geco.state_dict() if self.geco else {})
 
     def add(self, tokens, ce, active):
@@ -50,7 +52,7 @@ class Log:
         self.rows.append(row)
         self.recent = []
         if self.geco and best_row(self.rows, self.geco.tau) is row:
-            save_checkpoint(self.model, self.path("best.pt"), step=self.step)
+            save_checkpoint(self.kept, self.path("best.pt"), step=self.step)
         self.save()
         write_csv(self.path("log.csv"), self.rows)
 

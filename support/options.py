@@ -12,7 +12,7 @@ SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size
 SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
 OPTIONS = (    # name, type (or choices), default, help
-    ("tau", between(float, 1e-6, 100.0), None, "target of the validation CE, nats a token; default: untouched + 0.05"),
+    ("tau", between(float, 1e-6, 100.0), None, "target of the validation CE, nats a token; default: the untouched one"),
     ("init", str, "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, or scratch"),
     ("data", str, "openwebtext", "openwebtext[-N], stdlib, or a path: a .txt, a folder of them, a .bin of tokens"),
     ("out", str, None, "folder of the run; default: runs/ and the name of --init, -dense for a control"),
@@ -27,9 +27,9 @@ OPTIONS = (    # name, type (or choices), default, help
     ("lr", RATE, 1e-4, "peak learning rate, after --warmup steps; then a cosine down to a tenth"),
     ("warmup", COUNT, 100, "steps until the peak"),
     ("weight-decay", between(float, 0.0, 10.0), 0.01, "of AdamW"),
-    ("score-lr", between(float, 0.0, 1000.0), 1.0, "rate of q and k, in multiples of --lr"),
+    ("score-lr", between(float, 0.0, 1000.0), 5.0, "rate of q and k in sparse training, in multiples of --lr"),
     ("gate-bias", between(float, 0.0, 100.0), None, "b, how far open gates start; default: 2, or the checkpoint's own"),
-    ("gate-bias-lr", between(float, 0.0, 10.0), 0.0, "peak rate of the thresholds, one per head; 0: b stays as it is"),
+    ("gate-bias-lr", between(float, 0.0, 10.0), 0.1, "peak rate of the thresholds, one per head; 0: b stays as it is"),
     ("temperature", between(float, 0.01, 100.0), 1.0, "of the gates' straight-through gradient"),
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),

@@ -15,7 +15,7 @@ SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
 
 KNOWN = {name.replace("-", "_") for name, *_ in OPTIONS}    # those that another loader brings are shared too
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
-          "weight_decay", "score_lr", "dtype")
+          "weight_decay", "dtype")
 
 
 def control_row(args, control, base=None):
