@@ -33,7 +33,7 @@ from support.data import batch, byte_encoding, encoding_of, gpt2_encoding, load 
 from support.files import UserError, read_json, run_command, write_json
 from support.log import Log
 from support.losses import divergence
-from support.options import parser, settle
+from support.options import LAM_RANGE, parser, settle
 from support.place import Place
 from support.report import control_row, report
 
@@ -235,7 +235,7 @@ def run(args, load, encoding_of, prepare):
     for block in model.h if args.gate_bias_lr and not args.dense else ():
         block.attn.gate_bias.requires_grad_()
     every = look_every(args)    # rate and decay are options per step
-    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate * every, args.decay ** every)
+    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate * every, args.decay ** every, LAM_RANGE)
     shift = base["shift"] if args.constraint == "held-out" else 0.0
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
     if place.device.type == "cuda":

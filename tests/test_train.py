@@ -100,7 +100,7 @@ def finished(tiny):
 def every_step(tiny):
     """Runs with open gates that log every step, by what lambda listens to."""
     for constraint in ("sampled", "held-out"):
-        here(tiny, *options(tiny, tiny / constraint, *OPEN, "--eval-every", "1", "--tau", "4"),
+        here(tiny, *options(tiny, tiny / constraint, *OPEN, "--eval-every", "1", "--tau", "4", "--rate", "0.02"),
              "--constraint", constraint)
     return {constraint: tiny / constraint for constraint in ("sampled", "held-out")}
 
@@ -142,14 +142,14 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_the_multiplier_follows_the_formula(every_step):
-    """(4) and (5) again, from the logged losses alone: tau 4, kappa 0.05, alpha 0.97. The lam of a row is the one
+    """(4) and (5) again, from the logged losses alone: tau 4, kappa 0.02, alpha 0.97. The lam of a row is the one
     that its step used."""
     average, lam = None, 1.0
     for row in log(every_step["sampled"])[1:]:
         c = row["train_ce"] - 4
         average = c if average is None else 0.97 * average + 0.03 * c
         assert row["c_bar"] == pytest.approx(average, abs=1e-9) and row["lam"] == pytest.approx(lam, rel=1e-9)
-        lam *= math.exp(0.05 * average)
+        lam *= math.exp(0.02 * average)
 
 
 @pytest.mark.parametrize("constraint", ["held-out", "training"])
@@ -178,7 +178,7 @@ def test_lambda_answers_every_fourth_step(every_step):
     lams = [row["lam"] for row in rows]
     assert len(lams) == 20 and all(len(set(lams[n:n + 4])) == 1 for n in range(0, 20, 4)) and len(set(lams)) == 5
     for row, later in zip(rows[::4], rows[4::4]):
-        assert later["lam"] == pytest.approx(row["lam"] * math.exp(4 * 0.05 * row["c_bar"]))
+        assert later["lam"] == pytest.approx(row["lam"] * math.exp(4 * 0.02 * row["c_bar"]))
 
 
 def test_the_share_at_a_loss_by_interpolation():
@@ -232,7 +232,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, name, count,
 def test_two_ranks_follow_one_process(tiny, every_step):
     """And two micro-batches one large one. Only the processes look at as many held-out windows as one with a large
     batch."""
-    short = *OPEN, "--eval-every", "1", "--tau", "4", "--batch-size", "4"
+    short = *OPEN, "--eval-every", "1", "--tau", "4", "--rate", "0.02", "--batch-size", "4"
     go(tiny, *options(tiny, tiny / "two", *short),
        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
     here(tiny, *options(tiny, tiny / "micro", *short, "--grad-accum", "2"), "--constraint", "sampled")

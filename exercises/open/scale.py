@@ -7,8 +7,9 @@ The share of edges by size is `python -m extras.sweep width`. Here, for Llama's 
 
     parameters   P = E V C + L (2 C^2 (1 + G/H) + 3 C M)        embedding and head (E = 2, or 1 if they are the same);
                  q, k, v and out; the gated MLP
-    all trained  16 P bytes: weights, gradients and AdamW's two moments in float32; + 2 P, the weights in bfloat16
-    adapters     2 P + 2 E V C bytes: matrices frozen in bfloat16, embedding and head in float32; + 16 r L (3 C + C G/H)
+    all trained  20 P bytes: weights, their average, gradients and AdamW's two moments in float32; + 2 P, the weights in
+                 bfloat16
+    adapters     2 P + 2 E V C bytes: matrices frozen in bfloat16, embedding and head in float32; + 20 r L (3 C + C G/H)
                  for adapters of rank r on q and k
     activations  4 L T C bytes, what goes into each block, + 2 T (17 C + 4 M) inside the one that is computed anew
     logits       6 T V bytes: in bfloat16, and their gradient in float32
@@ -34,7 +35,7 @@ def count(L, C, H, G, M, V, E, T, rank):
     """Parameters, bytes, and operations a token: {what: number}."""
     P = E * V * C + L * (2 * C * C * (1 + G / H) + 3 * C * M)
     adapters = rank * L * (3 * C + C * G / H)
-    return {"parameters": P, "all trained": 18 * P, "adapters": 2 * P + 2 * E * V * C + 16 * adapters,
+    return {"parameters": P, "all trained": 22 * P, "adapters": 2 * P + 2 * E * V * C + 20 * adapters,
             "activations": 4 * L * T * C + 2 * T * (17 * C + 4 * M), "logits": 6 * T * V,
             "attention": 4 * T * (4 * C + 2 * H), "plain attention": 20 * H * T * T,
             "operations": 8 * P + 9 * L * T * C, "with adapters": 6 * P + 9 * L * T * C}
