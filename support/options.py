@@ -8,7 +8,7 @@ from support.files import UserError, between, make_folder, pick_device, read_jso
 from support.weights import GPT2_SHA256
 
 SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size": 8, "grad_accum": 1,
-           "dense_steps": 4000, "dense_lr": 2e-3, "steps": 3000, "lr": 1e-3, "eval_windows": 320, "eval_every": 200}
+           "dense_steps": 4000, "dense_lr": 2e-3, "steps": 5000, "lr": 1e-3, "eval_windows": 320, "eval_every": 200}
 SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 LAM_RANGE = 1e-3, 2.0    # at 2 all edges together are worth half a nat: more would not protect the loss better
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
@@ -35,7 +35,7 @@ OPTIONS = (    # name, type (or choices), default, help
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, *LAM_RANGE), 1.0, "lambda at the start; below 1, edges go at once"),
-    ("rate", between(float, 1e-9, 100.0), 0.2, "kappa of GECO, per step: how fast lambda answers"),
+    ("rate", between(float, 1e-9, 100.0), 0.4, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
     ("distill", between(float, 0.0, 1000.0), 0.0, "weight of KL(untouched || sparse) beside the CE: both times lambda"),
     ("eval-every", COUNT, 100, "steps between evaluations"),
