@@ -143,7 +143,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, tmp_path, monkeypatch,
         return step(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.Adam, "step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="stopped"):
         command(tiny, monkeypatch, tmp_path / "parts")
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     command(tiny, monkeypatch, tmp_path / "parts")
