@@ -95,7 +95,9 @@ def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy):
         losses.append(loss.item())
         slopes.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert losses[1] == pytest.approx(losses[0], abs=5e-3)
-    assert torch.cosine_similarity(*slopes, 0) > 0.97 and slopes[1].norm() == pytest.approx(slopes[0].norm(), rel=0.1)
+    exact, drawn = slopes    # along the exact gradient it is as long; uncorrected for the baseline it would be half
+    assert torch.cosine_similarity(drawn, exact, 0).item() > 0.9
+    assert (drawn @ exact / exact.square().sum()).item() == pytest.approx(1, abs=0.2)
 
 
 def test_windows_end_in_copies_and_votes():
