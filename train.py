@@ -243,6 +243,7 @@ def run(args, load, encoding_of, prepare):
     if place.rank == 0:
         report(args.out, None, load, encoding_of)
     if place.size > 1:
+        dist.barrier()    # all leave together: one that goes first may abort the others
         dist.destroy_process_group()
 
 
