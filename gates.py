@@ -62,7 +62,7 @@ def sparse_attention(q, k, v, gate_bias, causal=True, sample=False, temperature=
         scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) / math.sqrt(D)          # (B,H,T,T)  (1)
         scores = scores.masked_fill(~allowed, -math.inf)
         g = (scores + b).masked_fill(~allowed, -math.inf)                            # closed, even for b = inf
-        gates = sample_gates(g, sample, temperature)                                     # (B,H,T,T)  (2)
+        gates = sample_gates(g, sample, temperature)                                 # (B,H,T,T)  (2)
         y = (gates * torch.softmax(scores, dim=-1)) @ v.to(dtype)                    # (B,H,T,any)  (3)
         expected = torch.sigmoid(g).sum((-2, -1)) / allowed.sum()                    # (B,H)
         active = gates.detach().sum((-2, -1)) / allowed.sum()                        # (B,H)

@@ -61,7 +61,7 @@ def edge_names(config):
 # ---- The pass, written out
 
 def live(attn, q, k, v):
-    """z (N,H,T,D) of a head, whose gates have the straight-through gradient."""
+    """z (N,H,T,D) of a layer's heads, whose gates have the straight-through gradient."""
     return attn.attend(q, k, v)[0]
 
 

@@ -42,8 +42,13 @@ def commands(name, seeds, out):
     for value in values:
         choice = "" if value.startswith("[") else f" {option} {value}"
         lines = [f"{base}{choice} --seed {seed}" for seed in range(seeds)]
-        found[value.strip("[]")] = [(line, os.path.join(out, re.sub(r"[^\w.]+", "-", line))) for line in lines]
+        found[value.strip("[]")] = [(line, folder_of(line, out)) for line in lines]
     return found
+
+
+def folder_of(line, out):
+    """The folder of a command's run: its name has all options, so no other run is taken for it."""
+    return os.path.join(out, re.sub(r"[^\w.]+", "-", line))
 
 
 def one_run(line, folder):
@@ -59,6 +64,12 @@ def one_run(line, folder):
                               stdout=printed, stderr=subprocess.STDOUT)
     if not os.path.exists(os.path.join(folder, "summary.json")):    # code 1 with a summary: tau was not met
         raise UserError(f"python {line} failed\nread {folder}.txt")
+
+
+def run_all(runs, at_once):
+    """Every (command line, folder) of runs, so many at a time."""
+    with ThreadPoolExecutor(at_once) as pool:    # after a failure or Ctrl-C, map starts no further run
+        list(tqdm(pool.map(one_run, *zip(*runs)), total=len(runs), desc="runs"))
 
 
 def outcome(folder):
@@ -91,8 +102,7 @@ def sweep(args):
     names = [args.name] if args.name else [name for name, (base, *_) in SWEEPS.items() if base == TOY]
     wanted = {name: commands(name, args.seeds, out) for name in names}
     runs = dict.fromkeys(run for found in wanted.values() for of_value in found.values() for run in of_value)
-    with ThreadPoolExecutor(args.at_once) as pool:    # after a failure or Ctrl-C, map starts no further run
-        list(tqdm(pool.map(one_run, *zip(*runs)), total=len(runs), desc="runs"))
+    run_all(runs, args.at_once)
     results = {}
     for name, found in wanted.items():
         base, option, _ = SWEEPS[name]

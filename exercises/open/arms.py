@@ -1,11 +1,7 @@
 """What the open questions share that compare trainings: every arm is a command, and edges are read at the same loss."""
 import os
-import re
-from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
-from extras.sweep import mean_and_range, one_run
+from extras.sweep import folder_of, mean_and_range, run_all
 from support.files import make_folder
 from support.log import read_run, share_at
 
@@ -15,9 +11,8 @@ def compare(arms, seeds, out, at_once):
     CE, least edges at a CE that every run has reached, mean and range over the seeds."""
     make_folder(out)
     lines = {(name, seed): f"{arms[name]} --seed {seed}" for name in arms for seed in range(seeds)}
-    folders = {run: os.path.join(os.path.abspath(out), re.sub(r"[^\w.]+", "-", line)) for run, line in lines.items()}
-    with ThreadPoolExecutor(at_once) as pool:
-        list(tqdm(pool.map(one_run, lines.values(), folders.values()), total=len(lines), desc="runs"))
+    folders = {run: folder_of(line, os.path.abspath(out)) for run, line in lines.items()}
+    run_all(list(zip(lines.values(), folders.values())), at_once)
     rows = {run: read_run(folder)[2] for run, folder in folders.items()}
     reached = max(min(row["val_ce"] for row in found) for found in rows.values())    # by the worst run
     print(f"| | last CE, nats | edges then, % | least edges at CE {reached:.4f}, % |\n|---|---|---|---|")

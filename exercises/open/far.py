@@ -8,17 +8,17 @@ third they are 15 votes and the winner, "011010001110101=1": a mean over all vot
 gates and trains on, under a looser and looser tau. For each tau: CE, edges, share of copied letters and of winners that
 are right, and, where the copies are 48 letters long, the share of open edges by distance.
 """
-import argparse
 import copy
 import os
 
 import numpy as np
 import torch
 
+from exercises.open import two_phases
 from geco import Geco
 from model import GPT, GPTConfig
 from support.data import byte_encoding, load
-from support.files import between, make_folder, run_command
+from support.files import make_folder, run_command
 from support.options import parser as train_options
 from support.place import Place
 from train import evaluate, fit
@@ -96,12 +96,7 @@ def folder(args, seed, name):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python -m exercises.open.far [options]",
-                                     description="Copies and votes: what goes first as tau loosens?")
-    parser.add_argument("--seeds", type=between(int, 1, 100), default=3, help="0, 1, ... (default 3)")
-    parser.add_argument("--dense-steps", type=between(int, 1, 10**7), default=4000, help="without gates (default 4000)")
-    parser.add_argument("--steps", type=between(int, 1, 10**7), default=1500, help="with gates (default 1500)")
-    parser.add_argument("--out", default="runs/far", help="folder of the runs (default runs/far)")
+    parser = two_phases("far", "Copies and votes: what goes first as tau loosens?", dense_steps=4000, steps=1500)
     run_command(parser, run)
 
 

@@ -8,7 +8,6 @@ last model is taken. For both models: heads kept in a clean run, all others as i
 in 01, until they have 0.9 of the effect. *Live* MLPs answer to what they read; *corrupted* ones write what they wrote
 in the corrupted run.
 """
-import argparse
 import copy
 import functools
 import os
@@ -18,6 +17,7 @@ import torch
 
 import patching as P
 import toy_addition as toy
+from exercises.open import two_phases
 from extras.tasks import NOUNS, later_years
 from geco import Geco
 from model import GPT, GPTConfig
@@ -94,13 +94,8 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python -m exercises.open.greater_than [options]",
-                                     description="Heads of greater-than, dense beside sparse.")
-    parser.add_argument("--seeds", type=between(int, 1, 100), default=3, help="0, 1, ... (default 3)")
+    parser = two_phases("greater_than", "Heads of greater-than, dense beside sparse.", dense_steps=2000, steps=3000)
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
-    parser.add_argument("--dense-steps", type=between(int, 1, 10**7), default=2000, help="without gates (default 2000)")
-    parser.add_argument("--steps", type=between(int, 1, 10**7), default=3000, help="with gates (default 3000)")
-    parser.add_argument("--out", default="runs/greater-than", help="folder of the models (default runs/greater-than)")
     run_command(parser, run)
 
 

@@ -2,22 +2,22 @@
 
     python -m exercises.open.reward [--seeds 3] [--steps 8000] [--out runs/reward]
 
-Each seed's dense model gets gates and trains on in three ways, all with `toy_addition.train_sparse`:
+Each seed's dense model, of at most --dense-steps, gets gates and trains on in three ways, all with the toy's loop:
     cross-entropy   as in toy_addition.py
     sampled reward  answers are drawn from the model, 8 for a sum; one is worth 1 if all its digits are right. The
                     gradient is REINFORCE's, less the mean reward of the 8; the constraint is 1 - reward <= 0.01
     exact reward    the same constraint, with the exact expected reward: the product of the digits' probabilities
 So what the second loses to the third is the noise of drawn answers. Prints a row for each, on held-out sums.
 """
-import argparse
 import copy
 import os
 
 import torch
 
 import toy_addition as toy
+from exercises.open import two_phases
 from model import GPT
-from support.files import between, make_folder, run_command
+from support.files import make_folder, run_command
 from support.weights import save_checkpoint
 
 TAU = 0.01       # of 1 - reward: about 3 digits times the toy's own tau, 0.003 nats per digit
@@ -75,12 +75,7 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python -m exercises.open.reward [options]",
-                                     description="The toy with a reward in place of a cross-entropy.")
-    parser.add_argument("--seeds", type=between(int, 1, 100), default=3, help="0, 1, ... (default 3)")
-    parser.add_argument("--dense-steps", type=between(int, 1, 10**7), default=8000, help="at most (default 8000)")
-    parser.add_argument("--steps", type=between(int, 1, 10**7), default=8000, help="with gates (default 8000)")
-    parser.add_argument("--out", default="runs/reward", help="folder of the sparse models (default runs/reward)")
+    parser = two_phases("reward", "The toy with a reward in place of a cross-entropy.", dense_steps=8000, steps=8000)
     run_command(parser, run)
 
 
