@@ -92,10 +92,11 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
         with nullcontext() if synchronise else forward.no_sync():
             with place.autocast():
                 found = forward(idx, targets)
-                edges = found.expected_edges.mean()
-                loss = geco.objective(edges, found.loss) if geco else found.loss
-                if teacher:    # a second loss to keep low, at the CE's price in edges
-                    loss = loss + args.distill * geco.lam * divergence(found.logits, teacher(idx).logits)
+                edges, kept_low = found.expected_edges.mean(), found.loss
+                if teacher:    # the KL at the CE's price in edges, or in place of it
+                    kl = divergence(found.logits, teacher(idx).logits)
+                    kept_low = kl if args.distill == math.inf else kept_low + args.distill * kl
+                loss = geco.objective(edges, kept_low) if geco else kept_low
             (loss / micros).backward()
         totals += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
     return place.mean(*totals.tolist())
@@ -123,6 +124,16 @@ def average(kept, model, step):
     for mean, new in zip(kept.parameters(), model.parameters()):
         if new.requires_grad:
             mean.lerp_(new, max(0.01, 1 / (step + 1)))
+
+
+def add_gates(model, tau, args):
+    """Give the model the gates that args ask for -> the Geco that is to close them."""
+    model.config.temperature = args.temperature
+    model.set_gates(True, args.gate_bias)
+    for block in model.h if args.gate_bias_lr else ():
+        block.attn.gate_bias.requires_grad_()
+    every = look_every(args)    # rate and decay are options per step
+    return Geco(tau, args.lam, args.rate * every, args.decay ** every, LAM_RANGE)
 
 
 def stop(log, place, args):
@@ -230,12 +241,9 @@ def run(args, load, encoding_of, prepare):
     say(f"untouched model: validation CE {base['ce']:.4f} nats per token; "
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.distill else None
-    model.config.temperature = args.temperature
-    model.set_gates(not args.dense, args.gate_bias)
-    for block in model.h if args.gate_bias_lr and not args.dense else ():
-        block.attn.gate_bias.requires_grad_()
-    every = look_every(args)    # rate and decay are options per step
-    geco = None if args.dense else Geco(base["tau"], args.lam, args.rate * every, args.decay ** every, LAM_RANGE)
+    if args.dense:
+        model.set_gates(False)
+    geco = None if args.dense else add_gates(model, base["tau"], args)
     shift = base["shift"] if args.constraint == "held-out" else 0.0
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
     if place.device.type == "cuda":

@@ -1,5 +1,6 @@
 """The options of train.py: `parser` has them all, `settle` says which run they mean."""
 import argparse
+import math
 import os
 import re
 
@@ -37,7 +38,8 @@ OPTIONS = (    # name, type (or choices), default, help
     ("lam", between(float, *LAM_RANGE), 1.0, "lambda at the start; below 1, edges go at once"),
     ("rate", between(float, 1e-9, 100.0), 0.4, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
-    ("distill", between(float, 0.0, 1000.0), 0.0, "weight of KL(untouched || sparse) beside the CE: both times lambda"),
+    ("distill", between(float, 0.0, math.inf), 0.0, "weight of KL(untouched || sparse) beside the CE, both times "
+     "lambda; inf: in its place"),
     ("eval-every", COUNT, 100, "steps between evaluations"),
     ("eval-windows", COUNT, 128, "sequences of the validation split they read"),
     ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates"),

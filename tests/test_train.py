@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import train
+from geco import Geco
 from model import GPT, GPTConfig
 from support import data, report
 from support.files import UserError
@@ -295,6 +296,26 @@ def test_distillation_pulls_towards_the_teacher(tiny):
         idx = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(0))
         out[weight] = divergence(model(idx).logits, GPT.from_pretrained(tiny / "init.pt")(idx).logits).item()
     assert out["100"] < 0.3 * out["0"]
+
+
+def test_distillation_in_place_of_the_cross_entropy(tiny):
+    """With weight inf the gradient is that of edges + lam KL, KL written out: no CE is in it, which has other slopes."""
+    model, teacher = (GPT.from_pretrained(tiny / "init.pt") for _ in range(2))
+    args = argparse.Namespace(seed=0, batch_size=2, grad_accum=1, distill=math.inf)
+    tokens = np.random.default_rng(0).integers(0, 257, 200).astype(np.uint16)
+    model.set_gates(True, 1.0)
+    train.add_gradient(model, tokens, 16, 0, Place("cpu", "float32"), args, Geco(1.0, lam=0.7), teacher)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    for with_ce in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        idx, targets = data.batch(tokens, 16, 0, 2, 0)
+        out, p = model(idx, targets), teacher(idx).logits.softmax(-1)
+        kl = (p * (p / out.logits.softmax(-1)).log()).sum(-1).mean()
+        (out.expected_edges.mean() + 0.7 * (kl + out.loss if with_ce else kl)).backward()
+        same = [torch.allclose(found[name], p.grad, atol=1e-6) for name, p in model.named_parameters()
+                if p.requires_grad]
+        assert not any(same) if with_ce else all(same)
 
 
 def test_recomputing_activations_changes_nothing(tiny):

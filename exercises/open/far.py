@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from exercises.open import two_phases
-from geco import Geco
 from model import GPT, GPTConfig
 from support.data import byte_encoding, load
 from support.files import make_folder, run_command
 from support.options import parser as train_options
 from support.place import Place
-from train import evaluate, fit
+from train import add_gates, evaluate, fit
 
 T, VOTES = 128, 15
 DISTANCES = 4, 12, 24, 48
@@ -77,9 +76,8 @@ def run(args):
         for room in (None, *ROOMS):
             model = copy.deepcopy(dense)
             if room is not None:
-                model.set_gates(True, 2.0)
                 fit(model, data, folder(args, seed, f"sparse-{room}-{args.steps}"), place, options, args.steps, 1e-3,
-                    Geco(base + room, rate=0.2, decay=0.9), shift=seen - base)
+                    add_gates(model, base + room, options), shift=seen - base)
             ce, active = evaluate(model, data[1], place, options)
             found = [right(model, probes[d], slice(-d, -1)) for d in DISTANCES]    # all letters but the first
             found.append(right(model, probes["votes"], slice(-1, None)))
