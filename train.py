@@ -75,7 +75,7 @@ def adamw(model, args):
     weights = {"params": [p for is_threshold, p in trained if not is_threshold], "times": 1.0}
     thresholds = {"params": [p for is_threshold, p in trained if is_threshold], "times": args.gate_bias_lr / args.lr}
     return torch.optim.AdamW([weights, thresholds | {"weight_decay": 0.0}], betas=(0.9, 0.95),
-                             weight_decay=args.weight_decay)
+                             weight_decay=args.weight_decay, fused=True)
 
 
 def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
