@@ -36,7 +36,7 @@ OPTIONS = (    # name, type (or choices), default, help
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, *LAM_RANGE), 1.0, "lambda at the start; below 1, edges go at once"),
-    ("rate", between(float, 1e-9, 100.0), 0.4, "kappa of GECO, per step: how fast lambda answers"),
+    ("rate", between(float, 1e-9, 100.0), 0.2, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
     ("distill", between(float, 0.0, math.inf), 0.0, "weight of KL(untouched || sparse) beside the CE, both times "
      "lambda; inf: in its place"),
