@@ -172,23 +172,27 @@ def head_scores(model, clean, corrupt, metric):
 
 
 @torch.no_grad()
-def metric_of_first_heads(model, clean, corrupt, metric, order):
-    """(N,L*H+1): the metric with the first k heads of `order` patched together, k = 0 ... L*H. And m(clean) (N).
+def metric_of_first_heads(model, clean, corrupt, metric, order, counts=None):
+    """(N,K): the metric with the first k heads of `order` patched together, for the K values of counts, or for
+    k = 0 ... L*H. And m(clean) (N).
 
     order: heads l*H + h, best first, one ranking (L*H) for all pairs or one a pair (N,L*H).
     """
-    L, H = model.config.n_layer, model.config.n_head
-    rank = order.view(-1, L * H).argsort(-1).view(-1, L, H)                          # argsort inverts a permutation
-    return effects(model, clean, corrupt, metric, [rank < k for k in range(L * H + 1)])
+    rank = rank_of(order, model.config)
+    return effects(model, clean, corrupt, metric, [rank < k for k in counts or range(order.shape[-1] + 1)])
 
 
 @torch.no_grad()
-def metric_of_kept_heads(model, clean, corrupt, metric, order):
-    """(N,L*H+1): the other direction, the metric on the clean run with only the first k heads of `order` kept: the z of
-    all others comes from the corrupted run. The last column is m(clean); column 0 is what embedding and MLPs do."""
-    L, H = model.config.n_layer, model.config.n_head
-    rank = order.view(-1, L * H).argsort(-1).view(-1, L, H)
-    return effects(model, corrupt, clean, metric, [rank >= k for k in range(L * H + 1)])[0]
+def metric_of_kept_heads(model, clean, corrupt, metric, order, counts=None):
+    """(N,K): the other direction, the metric on the clean run with only the first k heads of `order` kept: the z of all
+    others comes from the corrupted run. k = 0 is what embedding and MLPs do, k = L*H is m(clean)."""
+    rank = rank_of(order, model.config)
+    return effects(model, corrupt, clean, metric, [rank >= k for k in counts or range(order.shape[-1] + 1)])[0]
+
+
+def rank_of(order, config):
+    """(1 or N, L, H): the place of every head in a ranking."""
+    return order.view(-1, order.shape[-1]).argsort(-1).view(-1, config.n_layer, config.n_head)    # inverts it
 
 
 def explained_effect(model, clean, corrupt, metric, order):

@@ -23,6 +23,7 @@ from support.files import UserError, between, make_folder, pick_device, run_comm
 USABLE = 0.1       # least m(clean) - m(corrupt) of a pair that has an effect to explain, in the metric's units
 FAILS = 0.8        # a model that is right in a smaller share of the clean sentences does not do the task
 BATCH = 25         # pairs at a time: with every source's output held, 1 GB for GPT-2 small and 40 positions
+EVERY_HEAD = 32    # up to so many heads each number of them is tried, then steps of about a tenth
 EDGE_SAMPLE = 30   # edges that are also patched for real
 KINDS = ("per sentence", "global")    # a ranking for each pair, or one by the mean score over all pairs
 
@@ -72,15 +73,16 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
     heads = batched(P.head_scores, model, pairs)                                      # (N,L,H)
     edges = batched(P.edge_scores, model, pairs)                                      # (N,S,S)
     changes = heads * (m_clean - m_corrupt)[:, None, None]                            # (N,L,H) m(patched) - m(corrupt)
-    found = {"head scores": heads.mean(0), "edge scores": edges.mean(0)}
+    counts = head_counts(heads[0].numel())
+    found = {"head scores": heads.mean(0), "edge scores": edges.mean(0), "numbers of heads": counts}
     for kind in KINDS:
         by_head, by_edge = changes, edges
         if kind == "global":    # a mean of changes: pairs of little effect count little
             by_head, by_edge = (scores.mean(0, keepdim=True).expand_as(scores) for scores in (changes, edges))
         order = by_head.flatten(1).argsort(descending=True)
-        m = batched(lambda *batch: P.metric_of_first_heads(*batch)[0], model, pairs, order)
+        m = batched(lambda *batch: P.metric_of_first_heads(*batch, counts)[0], model, pairs, order)
         explained = P.share_of_effect(m, m_clean)
-        m = batched(P.metric_of_kept_heads, model, pairs, order)
+        m = batched(P.metric_of_kept_heads, model, pairs, order, counts=counts)
         kept_heads = P.share_of_effect(m, m[:, -1])                                   # from no head kept to all
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
         needed = P.heads_needed(shares)
@@ -91,14 +93,20 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
             m = batched(lambda model, *batch: P.kept_circuit(model, batch[3], *batch[:3]), model, pairs, chosen)
             return P.share_of_effect(torch.stack((m_corrupt, m), 1), m_clean)[1].item()
 
-        kept, enough = kept_circuits(effect_alone, len(shares) - 1, needed or 1)
-        found |= {f"explained effect, {kind}": explained, f"heads restored, {kind}": P.heads_needed(explained),
-                  f"effect of kept heads, {kind}": kept_heads, f"heads kept, {kind}": P.heads_needed(kept_heads),
+        by_number, enough = kept_circuits(effect_alone, len(shares) - 1, needed or 1)
+        restored, kept = (n if n is None else counts[n] for n in map(P.heads_needed, (explained, kept_heads)))
+        found |= {f"explained effect, {kind}": explained, f"heads restored, {kind}": restored,
+                  f"effect of kept heads, {kind}": kept_heads, f"heads kept, {kind}": kept,
                   f"share of scores, {kind}": shares, f"edges, {kind}": needed, f"nodes of these edges, {kind}": nodes,
-                  f"from head to head, {kind}": between_heads, f"kept circuit, {kind}": kept,
-                  f"effect of these edges alone, {kind}": kept.get(needed),
+                  f"from head to head, {kind}": between_heads, f"kept circuit, {kind}": by_number,
+                  f"effect of these edges alone, {kind}": by_number.get(needed),
                   f"edges that alone have {P.SHARE:.0%} of the effect, {kind}": enough}
     return found | agreement(model, pairs, changes, edges, seed)
+
+
+def head_counts(most):
+    """The numbers of heads that are restored or kept, from none to all `most`."""
+    return sorted({*range(min(most, EVERY_HEAD) + 1), *(round(n) for n in np.geomspace(1, most, 60))})
 
 
 def size(edges, config):

@@ -33,9 +33,10 @@ def draw_effects(found, of, kinds, share, title, path):
             for name, f in found.items():
                 few = f[f"{'heads restored' if of == 'heads' else of}, {kind}"]
                 label = f"{name}: {what}{', restored' if of == 'heads' else ''}, {share:.0%} at {few} {of}"
-                ax.plot(f[f"{what}, {kind}"], label=label, **STYLES[name])
+                over = f["numbers of heads"] if of == "heads" else range(len(f[f"{what}, {kind}"]))
+                ax.plot(over, f[f"{what}, {kind}"], label=label, **STYLES[name])
                 if of == "heads":
-                    ax.plot(f[f"effect of kept heads, {kind}"], ":", color=STYLES[name]["color"], lw=1.2,
+                    ax.plot(over, f[f"effect of kept heads, {kind}"], ":", color=STYLES[name]["color"], lw=1.2,
                             label=f"{name}: the others corrupted, {share:.0%} at {f[f'heads kept, {kind}']} heads")
                 if of == "edges":
                     ax.plot(*zip(*f[f"kept circuit, {kind}"].items()), ":o", color=STYLES[name]["color"], lw=0.8, ms=4,

@@ -67,6 +67,13 @@ def toys(folder, layout="reversed"):
     return paths
 
 
+def test_every_small_number_of_heads_is_tried_and_no_large_one_is_far():
+    for most in (1, 4, 32, 33, 144, 270, 1200):
+        counts = circuits.head_counts(most)
+        assert counts[0] == 0 and counts[-1] == most and counts[:33] == list(range(min(most, 32) + 1))
+        assert all(b > a and (b - a) / b < (0.12 if most < 300 else 0.15) for a, b in zip(counts[32:], counts[33:]))
+
+
 def test_the_size_of_a_circuit_by_names():
     config = GPTConfig(n_layer=3, n_head=2)
     edges = P.edge_mask(config) & (torch.rand(4, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.1)

@@ -145,6 +145,10 @@ def test_kept_heads_by_hand(b):
                 (rest == names.index(node)).any(1)[:, None, None], bad[node], y) if node in names else y)[0])
             torch.testing.assert_close(m[:, k], expected.detach(), atol=1e-9, rtol=0)
         assert (m[:, 0] - m[:, -1]).abs().min() > 1e-6
+        assert torch.equal(P.metric_of_kept_heads(model, clean, corrupt, metric, order, [0, 2, 5]), m[:, [0, 2, 5]])
+        every, some = (P.metric_of_first_heads(model, clean, corrupt, metric, order, counts)[0]
+                       for counts in (None, [0, 2, 5]))
+        assert torch.equal(some, every[:, [0, 2, 5]])
 
 
 def test_all_heads_explain_everything_where_the_last_token_is_shared():
