@@ -6,7 +6,7 @@ computed by itself, and once more in the backward pass. Shapes: B batch, T posit
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-CELLS = 2**24    # logits in a part
+CELLS = 2**25    # logits in a part: 128 MB of float32
 
 
 def sum_over_parts(function, logits, others, cells):
