@@ -141,7 +141,8 @@ def stop(log, place, args):
     if place.rank > 0:
         sys.exit(1)
     log.save()
-    sys.exit(f"stopped after step {log.step}: the same program with --resume {args.out} goes on")
+    again = f"the same program with --resume {args.out}" if args.out else "the same command"
+    sys.exit(f"stopped after step {log.step}: {again} goes on")
 
 
 def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift=0.0):

@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): train a large model's projections with few parameters.
 
-    add_adapters(model, rank=8)             # x W' becomes x W' + (x A') B' in every q and k; only A and B are trained
-    tensors = merged(model.state_dict())    # the same model as an ordinary state dict, with W + B A
+    add_adapters(model, rank=8)             # x W' becomes x W' + s (x A') B' in every q and k; only A, B are trained
+    tensors = merged(model.state_dict())    # the same model as an ordinary state dict, with W + s B A
 
 The frozen weights can be kept in bfloat16. extras/llama.py's load_model merges, so that the checkpoints of a run with
 adapters are ordinary ones to all that read them through it.
@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 QUERY_KEY = ("c_attn", "q_proj", "k_proj")
+ALPHA = 16    # s = ALPHA / rank: a step of Adam then moves the output as far at any rank
 
 
 class Adapted(nn.Module):
@@ -28,7 +29,7 @@ class Adapted(nn.Module):
     def forward(self, x):
         y = self.linear(x)
         change = F.linear(F.linear(x, self.a), self.b)                               # (B,T,rows)
-        return y + F.pad(change, (0, y.shape[-1] - len(self.b)))
+        return y + F.pad(ALPHA / len(self.a) * change, (0, y.shape[-1] - len(self.b)))
 
 
 def add_adapters(model, rank, everything=False, dtype=torch.float32, generator=None):
@@ -51,7 +52,8 @@ def merged(tensors):
     """A state dict with adapters -> the same model's without. All in float32, where a small change is not rounded."""
     plain = {name: t.float() for name, t in tensors.items()}
     for at in [name.removesuffix(".a") for name in plain if name.endswith(".a")]:
-        change = plain.pop(f"{at}.b") @ plain.pop(f"{at}.a")                         # (rows,in)
+        a, b = plain.pop(f"{at}.a"), plain.pop(f"{at}.b")                            # (rank,in), (rows,rank)
+        change = ALPHA / len(a) * b @ a                                              # (rows,in)
         weight = plain.pop(f"{at}.linear.weight")                                    # (out,in)
         plain[f"{at}.weight"] = weight + F.pad(change, (0, 0, 0, len(weight) - len(change)))
         if f"{at}.linear.bias" in plain:

@@ -7,9 +7,11 @@ Every run is a command that you can give yourself, as short as the comparison al
 time as there are cores. A run that is in --out already is not made again, so a stopped sweep goes on.
 """
 import argparse
+import hashlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from support.files import UserError, between, make_folder, read_json, run_comman
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY = "toy_addition.py --no-gif"
-SMALL_GPT = "train.py --init scratch --data stdlib --dense-steps 2000 --steps 1500 --device cpu"
+SMALL_GPT = "train.py --init scratch --data stdlib --steps 3000 --device cpu"
 SWEEPS = {    # command, option, its values; the one in brackets is the command's own
     "bias": (TOY, "--gate-bias", ("[0]", "1", "2", "4")),
     "tau": (TOY, "--tau", ("0.001", "[0.003]", "0.01")),
@@ -33,6 +35,7 @@ SWEEPS = {    # command, option, its values; the one in brackets is the command'
     "temperature": (SMALL_GPT, "--temperature", ("0.3", "[1]", "3")),
     "width": (SMALL_GPT, "--width", ("64", "[128]", "256")),
 }
+ONLY_SPARSE = "constraint", "distill", "temperature"    # options without a say in the dense phase
 
 
 def commands(name, seeds, out):
@@ -48,7 +51,10 @@ def commands(name, seeds, out):
 
 def folder_of(line, out):
     """The folder of a command's run: its name has all options, so no other run is taken for it."""
-    return os.path.join(out, re.sub(r"[^\w.]+", "-", line))
+    name = re.sub(r"[^\w.]+", "-", line)
+    if len(name) > 200:    # systems allow 255
+        name = name[:180] + hashlib.sha256(line.encode()).hexdigest()[:16]
+    return os.path.join(out, name)
 
 
 def one_run(line, folder):
@@ -70,6 +76,16 @@ def run_all(runs, at_once):
     """Every (command line, folder) of runs, so many at a time."""
     with ThreadPoolExecutor(at_once) as pool:    # after a failure or Ctrl-C, map starts no further run
         list(tqdm(pool.map(one_run, *zip(*runs)), total=len(runs), desc="runs"))
+
+
+def share_dense(found, at_once):
+    """Make the runs of one value and give their dense phases to the runs of the others with the same seeds."""
+    finished, *others = found.values()
+    run_all(finished, at_once)
+    for of_value in others:
+        for (_, source), (_, folder) in zip(finished, of_value):
+            if not os.path.exists(folder):
+                shutil.copytree(os.path.join(source, "dense"), os.path.join(folder, "dense"))
 
 
 def outcome(folder):
@@ -101,8 +117,10 @@ def sweep(args):
     make_folder(out)
     names = [args.name] if args.name else [name for name, (base, *_) in SWEEPS.items() if base == TOY]
     wanted = {name: commands(name, args.seeds, out) for name in names}
-    runs = dict.fromkeys(run for found in wanted.values() for of_value in found.values() for run in of_value)
-    run_all(runs, args.at_once)
+    if args.name in ONLY_SPARSE:
+        share_dense(wanted[args.name], args.at_once)
+    run_all(dict.fromkeys(run for found in wanted.values() for of_value in found.values() for run in of_value),
+            args.at_once)
     results = {}
     for name, found in wanted.items():
         base, option, _ = SWEEPS[name]

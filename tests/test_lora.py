@@ -80,7 +80,7 @@ def test_a_small_adapter_is_not_lost_in_bfloat16():
     with torch.no_grad():
         layer.linear.weight.normal_(0, 0.5)
         layer.b.normal_(0, 1e-4)
-    change, base = (layer.b @ layer.a).double(), layer.linear.weight.double()    # (48,24), (72,24)
+    change, base = (16 / 4 * layer.b @ layer.a).double(), layer.linear.weight.double()    # (48,24), (72,24)
     kept = merged(model.state_dict())["h.0.attn.c_attn.weight"]
     assert kept.dtype == torch.float32
     torch.testing.assert_close(kept[:48].double() - base[:48], change, rtol=0, atol=1e-6)

@@ -1,6 +1,7 @@
 """extras/sweep.py: every run differs in one option, and the table holds what their summaries say."""
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,23 @@ def test_a_small_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep.subprocess, "run", None)    # a second call finds every run there
     sweep.main()
     assert capsys.readouterr().out == printed
+
+
+def test_dense_phases_are_made_once_a_seed(tmp_path, monkeypatch):
+    """Only the runs of the first value make one; each of the others gets that of its seed."""
+    def run(line, folder):
+        made.append(line)
+        (Path(folder) / "dense").mkdir(parents=True)
+        (Path(folder) / "dense" / "last.pt").write_text(line)
+
+    made = []
+    monkeypatch.setattr(sweep, "one_run", run)
+    found = sweep.commands("constraint", 2, tmp_path)
+    sweep.share_dense(found, 1)
+    assert made == [line for line, _ in found["sampled"]]
+    for of_value in found.values():
+        for (_, folder), line in zip(of_value, made, strict=True):
+            assert (Path(folder) / "dense" / "last.pt").read_text() == line
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):

@@ -3,10 +3,11 @@
     python -m exercises.open.greater_than [--seeds 3] [--out runs/greater-than]
 
 A small GPT (4 layers, 4 heads) learns sentences "The war lasted from the year 17 32 to the year 17" -> any later year,
-a token a word and two for a year. Then it gets gates, under CE <= its dense CE + 0.02, with the loops of the toy; the
-last model is taken. For both models: heads kept in a clean run, all others as in the run in which the first year ends
-in 01, until they have 0.9 of the effect. *Live* MLPs answer to what they read; *corrupted* ones write what they wrote
-in the corrupted run.
+a token a word and two for a year. Then it gets gates, under CE <= its dense CE + 0.02, with the loops of the toy. In
+the corrupted sentence the first year ends in 01. Kept are k heads of a clean run; all others write what they wrote in
+the corrupted run. *Live* MLPs answer to what they read, *corrupted* ones do as the heads that are not kept. Printed for
+both models: the heads needed for 0.9 of the effect, and the effect of 1, 2, 4 and all 16. The CE cannot be lower than
+that of a model that knows all later years to be equally likely.
 """
 import copy
 import functools
@@ -25,6 +26,7 @@ from support.files import between, make_folder, run_command
 from support.weights import save_checkpoint
 
 WORDS = [f"{n:02d}" for n in range(100)] + "The lasted from the year to".split() + NOUNS.split()[:12]
+SOME = 1, 2, 4, 16    # heads of which the effect is printed
 SENTENCE = "The {noun} lasted from the year {century} {year} to the year {century}"
 
 
@@ -33,12 +35,13 @@ def encode(noun, century, year):
 
 
 def sentences():
-    """All of them, each with one random later year: tokens and targets (N,T), -1 but for the last, and years (N)."""
+    """All of them, each with four later years at random, so that none can be memorised: tokens and targets (N,T), -1
+    but for the last, and years (N)."""
     rng, rows = np.random.default_rng(0), []
-    for noun in NOUNS.split()[:12]:
+    for noun in NOUNS.split()[:3]:
         for century in range(11, 20):
             for year in range(1, 99):
-                rows.append([*encode(noun, century, year), rng.integers(year + 1, 100)])
+                rows += [[*encode(noun, century, year), later] for later in rng.integers(year + 1, 100, 4)]
     rows = torch.tensor(np.array(rows))
     targets = torch.full_like(rows[:, :-1], -1)
     targets[:, -1] = rows[:, -1]
@@ -69,8 +72,9 @@ def run(args):
     clean, corrupt = idx[rows], idx[rows].clone()
     corrupt[:, 7] = 1
     metric = functools.partial(later_years, numbers=torch.arange(100).expand(len(rows), -1), year=years[rows])
-    print(f"{'seed':6}{'model':8}{'CE':>8}{'edges':>9}{'m, clean and 01':>18}    heads kept for 0.9, of 16: MLPs live, "
-          "corrupted")
+    print(f"least possible CE {torch.log(99.0 - years).mean():.4f}; heads kept for 0.9 of the effect, and that of "
+          f"{', '.join(map(str, SOME))}\n{'seed':6}{'model':8}{'CE':>8}{'edges':>9}{'m, clean and 01':>18}"
+          f"{'MLPs live':>38}{'corrupted':>38}")
     for seed in range(args.seeds):
         config = GPTConfig(block_size=len(idx[0]), vocab_size=len(WORDS), n_layer=4, n_head=4, n_embd=64)
         dense = GPT(config, generator=torch.Generator().manual_seed(seed))
@@ -78,7 +82,7 @@ def run(args):
         ce = toy.evaluate(dense, idx, targets)["hard_ce"]
         sparse = copy.deepcopy(dense)
         sparse.set_gates(True, 0.0)
-        toy.train_sparse(sparse, idx, targets, args.steps, Geco(ce + 0.02, rate=2.0, decay=0.6), seed)
+        toy.train_sparse(sparse, idx, targets, args.steps, Geco(ce + 0.02, rate=5.0, decay=0.6), seed)
         for name, model in (("dense", dense), ("sparse", sparse)):
             found = toy.evaluate(model, idx, targets)
             with torch.no_grad():
@@ -87,9 +91,10 @@ def run(args):
                 order = changes.mean(0).flatten().argsort(descending=True)
                 curves = [kept_heads(model, clean, corrupt, metric, order, live) for live in (True, False)]
             high, low = m_clean.mean().item(), m_corrupt.mean().item()
-            needed = [P.heads_needed((curve - low) / (high - low)) for curve in curves]
+            shares = [(curve - low) / (high - low) for curve in curves]
+            kept = [f"{P.heads_needed(share)} ({', '.join(f'{share[k]:.2f}' for k in SOME)})" for share in shares]
             print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / toy.allowed_edges(model.config):9.2%}"
-                  f"{f'{high:.2f}, {low:.2f}':>18}    {needed[0]}, {needed[1] or 'never'}", flush=True)
+                  f"{f'{high:.2f}, {low:.2f}':>18}{kept[0]:>38}{kept[1]:>38}", flush=True)
             save_checkpoint(model, os.path.join(args.out, f"{seed}-{name}.pt"))
 
 

@@ -2,12 +2,14 @@
 
     python -m exercises.open.reward [--seeds 3] [--steps 8000] [--out runs/reward]
 
-Each seed's dense model, of at most --dense-steps, gets gates and trains on in three ways, all with the toy's loop:
+Each seed's dense model gets gates and trains on in three ways, all with the toy's loop:
     cross-entropy   as in toy_addition.py
     sampled reward  answers are drawn from the model, 8 for a sum; one is worth 1 if all its digits are right. The
                     gradient is REINFORCE's, less the mean reward of the 8; the constraint is 1 - reward <= 0.01
     exact reward    the same constraint, with the exact expected reward: the product of the digits' probabilities
-So what the second loses to the third is the noise of drawn answers. Prints a row for each, on held-out sums.
+So what the second loses to the third is the noise of drawn answers. Gates start nearly all open, b = 4. At the toy's
+own b = 0 the first draws leave few answers right, and without a reward there is no gradient: both rewards then closed
+all edges and learned nothing more. Prints a row for each, on held-out sums.
 """
 import copy
 import os
@@ -20,7 +22,8 @@ from model import GPT
 from support.files import make_folder, run_command
 from support.weights import save_checkpoint
 
-TAU = 0.01       # of 1 - reward: about 3 digits times the toy's own tau, 0.003 nats per digit
+TAU = 0.01       # of 1 - reward: about DIGITS times the toy's own tau, 0.003 nats per digit
+DIGITS = 3       # 1 - reward is about as many times the CE of a digit, so lambda's range is divided by it
 ANSWERS = 8      # drawn for each sum
 ORDER = torch.Generator()    # of the answers: the gates have torch's global generator for themselves
 
@@ -60,12 +63,15 @@ def run(args):
     for seed in range(args.seeds):
         dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(seed))
         toy.train_dense(dense, *training, args.dense_steps, seed)
-        dense.set_gates(True, 0.0)
+        dense.set_gates(True, 4.0)
         for name, model, tau in (("cross-entropy", copy.deepcopy(dense), 0.003),
                                  ("sampled reward", rewarded(dense, ANSWERS), TAU),
                                  ("exact reward", rewarded(dense, 0), TAU)):
             ORDER.manual_seed(seed)
-            history = toy.train_sparse(model, *training, args.steps, toy.toy_geco(tau), seed)
+            geco = toy.toy_geco(tau)
+            if tau == TAU:
+                geco.lam_range = tuple(end / DIGITS for end in geco.lam_range)
+            history = toy.train_sparse(model, *training, args.steps, geco, seed)
             met = any(toy.meets_constraint(row, tau) for row in history if "hard_ce" in row)
             found = toy.evaluate(model, idx[held_out], targets[held_out])
             _, with_carry, without = toy.find_carry_edge(model, idx, train_rows, held_out)

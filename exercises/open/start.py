@@ -4,8 +4,9 @@
 
 A small GPT reads as many tokens in both arms, with the same peak rate, weight decay, tau and GECO: 2,000 steps without
 gates and 3,000 with, or 5,000 with. (The first arm has two warm-ups and two cosines.) All gates start open: with b = 8
-one draw in 3,000 is shut. Lambda looks at training text: how much harder other text is, is known of a trained model
-only. Compared at equal CE.
+one draw in 3,000 is shut. b stays, and q and k have no rate of their own: AdamW moves a threshold at full speed however
+small its gradient is, and would shut nearly all gates in 100 steps, before attention is learned. Lambda looks at
+training text, because only of a trained model is it known how much harder other text is. Compared at equal CE.
 """
 import argparse
 import os
@@ -14,7 +15,7 @@ from exercises.open.arms import compare
 from support.files import between, run_command
 
 COMMAND = ("train.py --init scratch --data stdlib --device cpu --dense-lr 1e-3 --gate-bias 8 --tau 1.75 "
-           "--constraint training")
+           "--constraint training --score-lr 1 --gate-bias-lr 0")
 ARMS = {"dense, then sparse": f"{COMMAND} --dense-steps 2000 --steps 3000",
         "sparse from the start": f"{COMMAND} --dense-steps 1 --steps 4999"}
 
