@@ -11,6 +11,7 @@ that of a model that knows all later years to be equally likely.
 """
 import copy
 import functools
+import itertools
 import os
 
 import numpy as np
@@ -22,32 +23,29 @@ from exercises.open import two_phases
 from extras.tasks import NOUNS, later_years
 from geco import Geco
 from model import GPT, GPTConfig
-from support.files import between, make_folder, run_command
+from support.files import make_folder, run_command
 from support.weights import save_checkpoint
 
-WORDS = [f"{n:02d}" for n in range(100)] + "The lasted from the year to".split() + NOUNS.split()[:12]
-SOME = 1, 2, 4, 16    # heads of which the effect is printed
+THINGS = NOUNS.split()[:3]
+WORDS = [f"{n:02d}" for n in range(100)] + "The lasted from the year to".split() + THINGS
+PAIRS, SOME = 100, (1, 2, 4, 16)    # of sentences; heads of which the effect is printed
 SENTENCE = "The {noun} lasted from the year {century} {year} to the year {century}"
-
-
-def encode(noun, century, year):
-    return [WORDS.index(word) for word in SENTENCE.format(noun=noun, century=century, year=f"{year:02d}").split()]
 
 
 def sentences():
     """All of them, each with four later years at random, so that none can be memorised: tokens and targets (N,T), -1
     but for the last, and years (N)."""
     rng, rows = np.random.default_rng(0), []
-    for noun in NOUNS.split()[:3]:
-        for century in range(11, 20):
-            for year in range(1, 99):
-                rows += [[*encode(noun, century, year), later] for later in rng.integers(year + 1, 100, 4)]
+    for noun, century, year in itertools.product(THINGS, range(11, 20), range(1, 99)):
+        words = SENTENCE.format(noun=noun, century=century, year=f"{year:02d}").split()
+        rows += [[*map(WORDS.index, words), later] for later in rng.integers(year + 1, 100, 4)]
     rows = torch.tensor(np.array(rows))
     targets = torch.full_like(rows[:, :-1], -1)
     targets[:, -1] = rows[:, -1]
     return rows[:, :-1], targets, rows[:, 7]
 
 
+@torch.no_grad()
 def kept_heads(model, clean, corrupt, metric, order, live):
     """m with the first k heads of `order` kept, k = 0 ... L*H, mean over pairs. live: the MLPs."""
     L, H = model.config.n_layer, model.config.n_head
@@ -68,7 +66,7 @@ def run(args):
     make_folder(args.out)
     idx, targets, years = sentences()
     later = (years > 1).nonzero()[:, 0].numpy()
-    rows = torch.from_numpy(np.random.default_rng(1).choice(later, args.pairs, replace=False))
+    rows = torch.from_numpy(np.random.default_rng(1).choice(later, PAIRS, replace=False))
     clean, corrupt = idx[rows], idx[rows].clone()
     corrupt[:, 7] = 1
     metric = functools.partial(later_years, numbers=torch.arange(100).expand(len(rows), -1), year=years[rows])
@@ -85,12 +83,9 @@ def run(args):
         toy.train_sparse(sparse, idx, targets, args.steps, Geco(ce + 0.02, rate=5.0, decay=0.6), seed)
         for name, model in (("dense", dense), ("sparse", sparse)):
             found = toy.evaluate(model, idx, targets)
-            with torch.no_grad():
-                m_clean, m_corrupt = (metric(model(tokens).logits) for tokens in (clean, corrupt))
-                changes = P.head_scores(model, clean, corrupt, metric) * (m_clean - m_corrupt)[:, None, None]
-                order = changes.mean(0).flatten().argsort(descending=True)
-                curves = [kept_heads(model, clean, corrupt, metric, order, live) for live in (True, False)]
-            high, low = m_clean.mean().item(), m_corrupt.mean().item()
+            order = P.head_scores(model, clean, corrupt, metric).mean(0).flatten().argsort(descending=True)
+            curves = [kept_heads(model, clean, corrupt, metric, order, live) for live in (True, False)]
+            high, low = curves[0][-1], curves[1][0]    # the clean run, and the corrupted one
             shares = [(curve - low) / (high - low) for curve in curves]
             kept = [f"{P.heads_needed(share)} ({', '.join(f'{share[k]:.2f}' for k in SOME)})" for share in shares]
             print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / toy.allowed_edges(model.config):9.2%}"
@@ -99,9 +94,7 @@ def run(args):
 
 
 def main():
-    parser = two_phases("greater_than", "Heads of greater-than, dense beside sparse.", dense_steps=2000, steps=3000)
-    parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
-    run_command(parser, run)
+    run_command(two_phases("greater_than", "Heads of greater-than, dense beside sparse.", 2000, 3000), run)
 
 
 if __name__ == "__main__":
