@@ -99,8 +99,10 @@ def draw_carriers(found, units, title, path):
 
 def draw_graphs(graphs, tokens, L, title, path):
     """One prompt's attribution graphs: positions to the right, layers up. graphs: {arm: [(source, target, count)]}, of
-    nodes as extras/attribution.py has them; width by |count|, dashed below 0; dark edges cross positions."""
-    with picture(path, title, 1, len(graphs), (max(7, 0.32 * len(tokens) + 3) * len(graphs), 6)) as axes:
+    nodes as extras/attribution.py has them; width by |count|, dashed below 0; dark edges cross positions. Positions
+    before the first that takes part are left out."""
+    first = min(node.position for edges in graphs.values() for *ends, _ in edges for node in ends)
+    with picture(path, title, 1, len(graphs), (max(7, 0.32 * (len(tokens) - first) + 3) * len(graphs), 6)) as axes:
         for ax, (arm, edges) in zip(axes[0], graphs.items()):
             nodes = list(dict.fromkeys(node for source, target, _ in edges for node in (source, target)))
             seen, place = {}, {}    # nodes of one kind, layer and position stand side by side
@@ -121,7 +123,7 @@ def draw_graphs(graphs, tokens, L, title, path):
             ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 1 else 0, fontsize=8)
             ax.set_yticks(range(-1, L + 1), ["tokens", *range(L), "logit"])
             ax.set(title=f"{arm}: {across} of {len(edges)} edges cross positions", ylabel="layer",
-                   xlim=(-0.6, len(tokens) - 0.4))
+                   xlim=(first - 0.6, len(tokens) - 0.4))
             ax.legend(fontsize=8, loc="upper left")
 
 
