@@ -244,7 +244,9 @@ def run(args, load, encoding_of, prepare):
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.distill else None
     if args.dense:
         model.set_gates(False)
-    geco = None if args.dense else add_gates(model, base["tau"], args)
+        geco = None
+    else:
+        geco = add_gates(model, base["tau"], args)
     shift = base["shift"] if args.constraint == "held-out" else 0.0
     fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
     if place.device.type == "cuda":

@@ -299,7 +299,7 @@ def test_distillation_pulls_towards_the_teacher(tiny):
 
 
 def test_distillation_in_place_of_the_cross_entropy(tiny):
-    """With weight inf the gradient is that of edges + lam KL, KL written out: no CE is in it, which has other slopes."""
+    """With weight inf the gradient is that of edges + lam KL, KL written out. Added CE would give other slopes."""
     model, teacher = (GPT.from_pretrained(tiny / "init.pt") for _ in range(2))
     args = argparse.Namespace(seed=0, batch_size=2, grad_accum=1, distill=math.inf)
     tokens = np.random.default_rng(0).integers(0, 257, 200).astype(np.uint16)

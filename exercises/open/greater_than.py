@@ -49,9 +49,9 @@ def sentences():
 def kept_heads(model, clean, corrupt, metric, order, live):
     """m with the first k heads of `order` kept, k = 0 ... L*H, mean over pairs. live: the MLPs."""
     L, H = model.config.n_layer, model.config.n_head
-    theirs, found = P.outputs(model, corrupt)[0], []
+    theirs, rank, found = P.outputs(model, corrupt)[0], P.rank_of(order, model.config)[0], []
     for k in range(L * H + 1):
-        dropped = (order.argsort() >= k).view(L, H)
+        dropped = rank >= k
 
         def write(s, out):
             if s.start == 0 or out.ndim == 3 and live:

@@ -54,6 +54,12 @@ def rewarded(model, draws):
     return found
 
 
+def reward_geco():
+    geco = toy.toy_geco(TAU)
+    geco.lam_range = tuple(end / DIGITS for end in geco.lam_range)
+    return geco
+
+
 def run(args):
     make_folder(args.out)
     idx, targets = toy.addition_data()
@@ -64,15 +70,12 @@ def run(args):
         dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(seed))
         toy.train_dense(dense, *training, args.dense_steps, seed)
         dense.set_gates(True, 4.0)
-        for name, model, tau in (("cross-entropy", copy.deepcopy(dense), 0.003),
-                                 ("sampled reward", rewarded(dense, ANSWERS), TAU),
-                                 ("exact reward", rewarded(dense, 0), TAU)):
+        for name, model, geco in (("cross-entropy", copy.deepcopy(dense), toy.toy_geco(0.003)),
+                                  ("sampled reward", rewarded(dense, ANSWERS), reward_geco()),
+                                  ("exact reward", rewarded(dense, 0), reward_geco())):
             ORDER.manual_seed(seed)
-            geco = toy.toy_geco(tau)
-            if tau == TAU:
-                geco.lam_range = tuple(end / DIGITS for end in geco.lam_range)
             history = toy.train_sparse(model, *training, args.steps, geco, seed)
-            met = any(toy.meets_constraint(row, tau) for row in history if "hard_ce" in row)
+            met = any(toy.meets_constraint(row, geco.tau) for row in history if "hard_ce" in row)
             found = toy.evaluate(model, idx[held_out], targets[held_out])
             _, with_carry, without = toy.find_carry_edge(model, idx, train_rows, held_out)
             print(f"{seed:<6}{name:16}{found['active']:14.2f}{found['accuracy']:10.2%}"
