@@ -30,8 +30,8 @@ def sample_gates(g, sample, temperature=1.0):
     temperature), where the noise n = logit(u), u ~ U(0, 1), is 0 without sampling. P(g + n > 0) = sigmoid(g): the
     Bernoulli draw of (2).
 
-    Like dropout, the draw takes torch's global generator. In this project nothing else does, so `torch.manual_seed`
-    just before a step is the seed of its gates.
+    Like dropout, the draw takes torch's global generator. In the training loops nothing else does, so
+    `torch.manual_seed` just before a step is the seed of its gates.
     """
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     if sample:

@@ -16,8 +16,8 @@ Loss below tau: lam shrinks and edges go. A training step, in both training loop
     optimizer.step()
     row = geco.step(seen, expected)               # an update, each few steps. seen: the CE that the constraint looks at
 
-Which CE it looks at is the loop's to choose. The paper's is that of the batch that trains, with sampled gates. Ours is
-that of the model that will be kept, whose gates are hard: in the toy with averaged weights, in train.py on other text.
+Each loop chooses this CE. The paper's is that of the batch that trains, with sampled gates. Ours is that of the model
+that will be kept: averaged weights and hard gates; in train.py on text that is not trained on.
 """
 import math
 
@@ -57,7 +57,7 @@ class Geco:
         """The scalar to backpropagate: the Lagrangian.
 
         edges: differentiable expected edges (a share or a count); ce: differentiable cross-entropy, nats. (GECO's paper
-        writes Cbar for the value of ce - tau here, with the gradient of ce: the gradient is the same.)
+        takes the value of Cbar here and the gradient of ce: the gradient is the same.)
         """
         return edges + self.lam * (ce - self.tau)
 
@@ -74,7 +74,7 @@ class Geco:
         return used
 
     def step(self, ce, expected):
-        """`update`, and what a log says of it. expected: edges of the training step."""
+        """One update -> a row for the log. expected: edges of the training step."""
         return {"lam": self.update(ce), "c_bar": self.average, "expected": expected}
 
     def state_dict(self):

@@ -34,7 +34,7 @@ class GPTConfig:
     n_embd: int = 768
     causal: bool = True       # False: every position reads every position
     gated: bool = False       # False: ordinary dense attention
-    gate_bias: float = 2.0    # b at the start; what it is now stands in h.N.attn.gate_bias, a value per head
+    gate_bias: float = 2.0    # b at the start; the values in use, one per head, are h.N.attn.gate_bias
     temperature: float = 1.0  # of the gates' gradient: see gates.sample_gates
 
 
@@ -152,7 +152,8 @@ class GPT(nn.Module):
         self.set_gates(config.gated)
 
     def set_gates(self, gated, gate_bias=None):
-        """Switch the gates on or off. They keep the thresholds that they have, or all get gate_bias.
+        """Switch the gates on or off. On: thresholds that exist stay; new ones, or all if gate_bias is given, get
+        config.gate_bias. Off: they go.
 
         h.N.attn.gate_bias (H) is saved with the weights, but not trained unless its requires_grad is set.
         """
@@ -227,7 +228,7 @@ class GPT(nn.Module):
             model = cls(config)
         thresholds = {name: torch.full((config.n_head,), float(config.gate_bias))
                       for name in model.state_dict() if name.endswith("gate_bias")}
-        if not config.gated or "gate_bias" in config_overrides:      # else those of the checkpoint, if it has any
+        if not config.gated or "gate_bias" in config_overrides:      # else the checkpoint's stay, if it has any
             tensors = {name: t for name, t in tensors.items() if not name.endswith("gate_bias")}
         tensors = {name: t.float() for name, t in (thresholds | tensors).items()}
         if "wpe.weight" in tensors:

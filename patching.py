@@ -20,7 +20,7 @@ corrupted run is taken through v only. (8) is in the metric's units: a first-ord
 measures. (7) restores k clean heads in a corrupted run. The paper's figures ask the other question,
 `metric_of_kept_heads`: k heads stay clean in a clean run, and all others write what they wrote in the corrupted one.
 
-Every function below is a few lines around `forward`, the model's pass written out.
+Whatever runs the model below is a few lines around `forward`, the model's pass written out.
 Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
 many destinations.
 """
@@ -150,7 +150,7 @@ def effects(model, source, tokens, metric, choices):
     """(N,K): the metric on tokens, each choice of heads (1 or N, L, H) taken from the run on source; m(source) (N)."""
     z, logits = outputs(model, source)
     m_source = metric(logits)
-    m = m_source.new_empty(len(m_source), len(choices))    # a copy: a metric may be a view that keeps all its logits
+    m = m_source.new_empty(len(m_source), len(choices))    # a copy: what metric returns may hold on to all logits
     for n, chosen in enumerate(tqdm(choices, desc="heads", leave=False)):
         m[:, n] = metric(run_with_heads(model, tokens, z, chosen.to(m.device)))
     return m, m_source
@@ -160,8 +160,8 @@ def effects(model, source, tokens, metric, choices):
 def head_scores(model, clean, corrupt, metric):
     """(N,L,H): the effect of every head, each patched for real (6). Dimensionless, 1 is the whole effect.
 
-    clean, corrupt (N,T) tokens; metric: logits (N,T,V) -> (N). Drop pairs of small effect first: they divide by it. A
-    pair without any has scores in the metric's units, 0 if its sentences are equal. Costs L H + 2 runs.
+    clean, corrupt (N,T) tokens; metric: logits (N,T,V) -> (N). Drop pairs of small effect first: scores are divided by
+    it. Where it is 0, scores are left in the metric's units: 0 if the sentences are equal. Costs L H + 2 runs.
     """
     L, H = model.config.n_layer, model.config.n_head
     number = torch.arange(L * H).view(1, L, H)
@@ -238,7 +238,7 @@ def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
     with torch.enable_grad():
         m = metric(forward(model, corrupt, read, write, attend)).sum()
     grads = torch.autograd.grad(m, inputs, materialize_grads=True)
-    clean_outputs = outputs(model, clean, copies, attend)[0]    # rounded as the other run: equal ones give 0
+    clean_outputs = outputs(model, clean, copies, attend)[0]    # rounded like the other run: equal sentences give 0
     change = differences(model, clean_outputs, written)                              # (N,S,T,C)
     N, S = change.shape[:2]
     scores = change.new_zeros(N, S, S)
@@ -284,7 +284,7 @@ def cumulative(scores):
 
 def top_edges(scores, n, config):
     """The n edges of largest |score|: (...,S,S) -> bool (...,S,S)."""
-    size = scores.abs().masked_fill(~edge_mask(config).to(scores.device), -1).flatten(-2)    # 0 still beats no edge
+    size = scores.abs().masked_fill(~edge_mask(config).to(scores.device), -1).flatten(-2)    # any edge beats none
     return (size.argsort(descending=True, stable=True).argsort(-1) < n).view(scores.shape)
 
 

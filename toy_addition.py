@@ -81,10 +81,10 @@ def meets_constraint(found, tau):
 def adamw(model, lr, decay, steps, end):
     """The optimiser of a phase, and its learning rate: up to lr in 100 steps, then down on a cosine to lr * end.
 
-    decay: of c_attn's weights, which make q, k and v; it is strong for the sake of the gates. A gate that is sure has
-    no gradient: it would stay open without need, or shut in error. The decay pulls all scores back, so that a gate
-    stays sure only while its edge earns it. Before there are gates it keeps the lookups soft; sharp ones are lost to
-    the gates. With gates a decay of 4 is too strong: needed gates waver too, and in some runs all of them close late.
+    decay: of c_attn's weights, which make q, k and v. A gate whose probability is near 0 or 1 has almost no gradient:
+    it would stay open without need, or shut by mistake. The decay pulls all scores towards 0, so a gate stays that sure
+    only if the loss needs it. In the dense phase the decay keeps lookups soft, spread over several keys; of sharp ones
+    the gates later close the wrong edges. With gates a decay of 4 is too strong: in some runs needed edges close late.
     """
     attention = [p for name, p in model.named_parameters() if name.endswith("c_attn.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("c_attn.weight")]
@@ -112,7 +112,7 @@ def averaging(model):
 def train_dense(model, idx, targets, steps, seed=0):
     """Minimise the cross-entropy until every sum is right at five evaluations in a row, for at most `steps` steps.
 
-    The learning rate stays high: in its noise only soft lookups last, if it has time, and the average is free of it.
+    The learning rate stays high: given time, its noise leaves only soft lookups. The averaged weights are free of it.
     Returns the history, one dict per step: ce, nats per digit, and at each 250th step what `evaluate` finds.
     """
     order = torch.Generator().manual_seed(seed)    # which sums come when
@@ -137,10 +137,10 @@ def train_dense(model, idx, targets, steps, seed=0):
 def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
     """Minimise the expected edges while the cross-entropy of the model that is kept stays below geco.tau.
 
-    The gradient comes from sampled gates. Their noise, and that of the batches, is not in the model that one keeps:
-    the average of the weights, with hard gates. So this is the model that the constraint looks at, on 512 training
-    sums, each 10th step. `model` becomes the sparsest average that met the constraint at an evaluation, or the last one
-    if none did: late in a run needed edges may go all at once.
+    The gradient comes from sampled gates. The model that one keeps has neither their noise nor that of the batches: it
+    has averaged weights and hard gates. So the constraint looks at this model, each 10th step, on 512 training sums.
+    At the end `model` is the sparsest average that met tau with every sum right at an evaluation, or the last average.
+    (The last one need not be right: late in a run needed edges may close all at once.)
     Returns the history, a dict for each 10th step: ce (this batch, sampled gates, nats per digit), seen (what the
     constraint saw), lam (used in this step), c_bar, expected (edges per sum) and, each 250 steps and at the last, what
     `evaluate` finds on all of idx. watch(model) gets the averaged model then.
@@ -173,16 +173,15 @@ def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
 
 
 def toy_geco(tau, rate=0.1):
-    """For both layouts. Edges are a share: at lam = 1, one edge of 90 is worth 1/90 nat per digit. rate: how fast lam
-    answers CE / tau, so that a small tau is not slow. The range keeps lam a price at which one can trade: below 0.05 it
-    pays to close all edges and to guess, at 0.5 the cheapest part of a sum, the carry into the hundreds (0.023 nats),
-    is still worth more than its edge; above 10 the edges hardly count.
+    """For both layouts; the numbers are those of 90 edges. At lam = 1 an edge costs 1/90 nat per digit. Below 0.04 it
+    pays to close all edges and to guess. At 0.5 the cheapest part of a sum, the carry into the hundreds (0.023 nats),
+    is still worth more than its edge. Above 10 edges hardly count. rate: how fast lam answers CE / tau.
     """
     return Geco(tau, rate=rate / tau, decay=0.6, lam_range=(0.5, 10.0))
 
 
 def find_carry_edge(model, idx, train_rows, held_out):
-    """The edge by which the tens slot reads a position, of all such the one that knows most of the carry: is it open?
+    """Find the edge of the tens slot that depends most on the carry, and how often it is open.
 
     Picked on the training sums, over all layers, heads and keys, by the difference between sums with and
     without a carry from the units. Returns ((layer, head, key), the share of held-out sums with a carry in which

@@ -6,14 +6,15 @@
     python train.py --report RUN --control OTHER_RUN                table and pictures again, no training
     torchrun --standalone --nproc_per_node=4 train.py --tau 3.3     several GPUs
 
-RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a line
-per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose validation loss
-met tau), summary.json and three pictures; with --init scratch also dense/, the same of the dense training. Losses are
-cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes from sampled gates on the
-training text; lambda listens to the model that is kept, averaged weights and hard gates, on text never trained on.
+RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a
+line per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose
+validation loss met tau), summary.json and three pictures; with --init scratch also dense/, log.csv and last.pt of the
+dense training. Losses are cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes
+from sampled gates on the training text; lambda listens to the model that is kept, averaged weights and hard gates, on
+text never trained on.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
-(seed, n, rank). So a run that was killed and resumed is the run that was not.
+(seed, n, rank). So a run that was killed and resumed gives what an uninterrupted one gives.
 """
 import copy
 import math
@@ -54,8 +55,8 @@ def evaluate(model, tokens, place, args):
 
 
 def look_every(args):
-    """Steps from one look of lambda to the next. A look at other text is a forward pass more: a twelfth of four steps,
-    less with --grad-accum."""
+    """Steps from one look of lambda to the next. A look with hard gates costs a forward pass: a twelfth of the time of
+    four steps, less with --grad-accum."""
     return 1 if args.constraint == "sampled" else 4
 
 
@@ -93,7 +94,7 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
             with place.autocast():
                 found = forward(idx, targets)
                 edges, kept_low = found.expected_edges.mean(), found.loss
-                if teacher:    # the KL at the CE's price in edges, or in place of it
+                if teacher:    # lambda weighs CE + distill * KL, or the KL alone
                     kl = divergence(found.logits, teacher(idx).logits)
                     kept_low = kl if args.distill == math.inf else kept_low + args.distill * kl
                 loss = geco.objective(edges, kept_low) if geco else kept_low
@@ -132,7 +133,7 @@ def add_gates(model, tau, args):
     model.set_gates(True, args.gate_bias)
     for block in model.h if args.gate_bias_lr else ():
         block.attn.gate_bias.requires_grad_()
-    every = look_every(args)    # rate and decay are options per step
+    every = look_every(args)    # the options are per step, Geco's rate and decay per update
     return Geco(tau, args.lam, args.rate * every, args.decay ** every, LAM_RANGE)
 
 
@@ -149,15 +150,15 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     """Train up to step `steps`, going on from out/last.pt if there is one.
 
     With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the untouched model, frozen, to stay close
-    to. shift: by how much the text that lambda looks at is harder than the validation text. What is evaluated and kept
-    are averaged weights; in the end they are those of `model`. Leaves (support/log.py) out/last.pt, out/log.csv and, as
-    soon as an evaluation meets tau, out/best.pt.
+    to. shift: by how much the text that lambda looks at is harder than the validation text. Evaluations and checkpoints
+    use averaged weights; at the end `model` gets them. Leaves (support/log.py) out/last.pt, out/log.csv and, as soon as
+    an evaluation meets tau, out/best.pt.
     """
     train_tokens, val_tokens, constraint_tokens = data
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
     T, every = model.config.block_size, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
-    kept = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})    # shares the others
+    kept = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})    # shares frozen ones
     log = Log(out, model, kept, optimizer, geco)    # reads out/last.pt into them, if it is there
     if place.rank == 0:
         log.mend()
@@ -259,8 +260,8 @@ def run(args, load, encoding_of, prepare):
 
 
 def untouched(model, data, place, args):
-    """The facts of base.json: the untouched model's validation CE, its active share, tau, which may follow, and shift,
-    by how much the constraint's split is harder for it than the validation split."""
+    """The content of base.json: the untouched model's validation CE and active share; tau, by default that CE; shift,
+    its CE on the constraint's split less that CE; block_size and edges_per_token."""
     path, (_, val_tokens, constraint_tokens) = os.path.join(args.out, "base.json"), data
     if not os.path.exists(path):
         ce, active = evaluate(model, val_tokens, place, args)

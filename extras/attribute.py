@@ -9,14 +9,13 @@ positions that count most for the token, and split each into what every head car
 
     c_mh(i,j), i != j        edge = its sum over h, i and j at a layer m + what stays at its position there     (20)
 
-At each layer that an edge runs through, the sum is the whole edge: one that moves twice is carried twice. How many
-heads hold 80 % of the sum of |c|? For heads, c is first summed over i and j, for pairs of head and key over i.
-Three arms:
+An edge that moves at two layers is counted at both. How many heads hold 80 % of the sum of |c|? For heads, c is first
+summed over i and j, for pairs of head and key over i. Three arms:
 
     dense    the control
     sparse   the sparse model
     cut      the control with its largest attention weights only: at each layer and query as many as the sparse model
-             has open edges there. Is it training, or counting? (Its transcoder is the control's.)
+             has open edges there: does training matter, or only the number? (Its transcoder is the control's.)
 
 The check is an intervention in the live model: some pairs of head and key are closed to all queries, and attention and
 MLPs follow. If the five that carry most matter, the log-probability of the token falls further than with five others

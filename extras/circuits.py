@@ -3,8 +3,8 @@
     python -m extras.circuits --dense A --sparse B --task ioi [--pairs 100] [--out runs/patching-ioi]
 
 A and B: GPT-2 names, paths, or checkpoints of ours. Prints a table; writes heads.png, edges.png, circuit.png and
-scores.json. patching.py says what is measured. A model's numbers are taken on the pairs that both models can use, in
-batches, and each shortcut is shown beside the real thing. Accuracy is the share of sentences with m > 0.
+scores.json. patching.py says what is measured. Metric and accuracy, the share of sentences with m > 0, are those of all
+pairs, the rest of the pairs that both models can use. Beside each attribution score stands true patching.
 Shapes: N pairs, H heads, L layers, S sources and as many destinations.
 """
 import argparse

@@ -85,7 +85,9 @@ def share_dense(found, at_once):
     for of_value in others:
         for (_, source), (_, folder) in zip(finished, of_value):
             if not os.path.exists(folder):
-                shutil.copytree(os.path.join(source, "dense"), os.path.join(folder, "dense"))
+                part = f"{folder}.part"
+                shutil.copytree(os.path.join(source, "dense"), os.path.join(part, "dense"), dirs_exist_ok=True)
+                os.rename(part, folder)    # whole, or not there
 
 
 def outcome(folder):

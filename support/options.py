@@ -42,7 +42,8 @@ OPTIONS = (    # name, type (or choices), default, help
      "lambda; inf: in its place"),
     ("eval-every", COUNT, 100, "steps between evaluations"),
     ("eval-windows", COUNT, 128, "sequences of the validation split they read"),
-    ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates"),
+    ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates; after a control of ours take "
+     "another, or the same windows come again"),
     ("device", ("cuda", "mps", "cpu"), None, "default: cuda if there is one, else cpu"),
     ("dtype", ("float32", "bfloat16"), None, "of the forward pass; default: bfloat16 on cuda, else float32"),
     ("compile", bool, False, "torch.compile the model"),

@@ -1,4 +1,4 @@
-"""Open questions with a first answer: one command each. Guess first; docs/open-questions.md says what we predicted."""
+"""Open questions, one command each. Guess first: docs/open-questions.md has our predictions, and answers so far."""
 import argparse
 
 from support.files import between

@@ -1,4 +1,4 @@
-"""What the open questions share that compare trainings: every arm is a command, and edges are read at the same loss."""
+"""Shared by the open questions that compare trainings: an arm is a command, and edges are read at the same loss."""
 import os
 
 from extras.sweep import folder_of, mean_and_range, run_all

@@ -5,9 +5,9 @@
 A small GPT reads docstrings, 128 bytes to a window. In a third of the windows the last bytes are d random letters shown
 twice, "qkz|qkz|", with d from 4 to 48: a letter of the second copy must be read off the first, d + 1 places back. In
 another third they are five ballots, each of 15 votes and the winner, "011010001110101=1": a mean over all votes. After
-dense training the model gets gates and trains on, each time under a looser tau. Printed for each: CE, edges, CE of the
-windows of text alone, share of copied letters and of winners that are right, and, where the copies are 48 letters long,
-the share of open edges by distance.
+dense training a copy of the model gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of
+the windows of text alone, share of copied letters and of winners that are right, and, where the copies are 48 letters
+long, the share of the allowed edges that are open, by distance.
 """
 import copy
 import os

@@ -4,10 +4,10 @@
 
 A small GPT (4 layers, 4 heads) learns sentences "The war lasted from the year 17 32 to the year 17" -> any later year,
 a token a word and two for a year. Then it gets gates, under CE <= its dense CE + 0.02, with the loops of the toy. In
-the corrupted sentence the first year ends in 01. Kept are k heads of a clean run; all others write what they wrote in
-the corrupted run. *Live* MLPs answer to what they read, *corrupted* ones do as the heads that are not kept. Printed for
-both models: the heads needed for 0.9 of the effect, and the effect of 1, 2, 4 and all 16. The CE cannot be lower than
-that of a model that knows all later years to be equally likely.
+the corrupted sentence the first year ends in 01. k heads of a clean run are kept; all others write what they wrote in
+the corrupted run. *Live* MLPs work on what they read, *corrupted* ones write what they wrote in the corrupted run.
+Printed for both models: the heads needed for 0.9 of the effect, and the effect of 1, 2, 4 and all 16. The first number
+is the CE of a model that gives all later years the same probability.
 """
 import copy
 import functools
@@ -33,7 +33,7 @@ SENTENCE = "The {noun} lasted from the year {century} {year} to the year {centur
 
 
 def sentences():
-    """All of them, each with four later years at random, so that none can be memorised: tokens and targets (N,T), -1
+    """All of them, each with four later years at random, so that memorising is hard: tokens and targets (N,T), -1
     but for the last, and years (N)."""
     rng, rows = np.random.default_rng(0), []
     for noun, century, year in itertools.product(THINGS, range(11, 20), range(1, 99)):
@@ -70,7 +70,7 @@ def run(args):
     clean, corrupt = idx[rows], idx[rows].clone()
     corrupt[:, 7] = 1
     metric = functools.partial(later_years, numbers=torch.arange(100).expand(len(rows), -1), year=years[rows])
-    print(f"least possible CE {torch.log(99.0 - years).mean():.4f}; heads kept for 0.9 of the effect, and that of "
+    print(f"CE of an even guess {torch.log(99.0 - years).mean():.4f}; heads kept for 0.9 of the effect, and that of "
           f"{', '.join(map(str, SOME))}\n{'seed':6}{'model':8}{'CE':>8}{'edges':>9}{'m, clean and 01':>18}"
           f"{'MLPs live':>38}{'corrupted':>38}")
     for seed in range(args.seeds):

@@ -5,11 +5,12 @@
 Each seed's dense model gets gates and trains on in three ways, all with the toy's loop:
     cross-entropy   as in toy_addition.py
     sampled reward  answers are drawn from the model, 8 for a sum; one is worth 1 if all its digits are right. The
-                    gradient is REINFORCE's, less the mean reward of the 8; the constraint is 1 - reward <= 0.01
-    exact reward    the same constraint, with the exact expected reward: the product of the digits' probabilities
-So what the second loses to the third is the noise of drawn answers. Gates start nearly all open, b = 4. At the toy's
-own b = 0 the first draws leave few answers right, and without a reward there is no gradient: both rewards then closed
-all edges and learned nothing more. Prints a row for each, on held-out sums.
+                    gradient is REINFORCE's, with the mean reward of the 8 as its baseline
+    exact reward    the gradient of the exact expected reward, the product of the digits' probabilities
+With a reward the constraint is 1 - exact expected reward <= 0.01, in both. So what the second loses to the third is the
+noise of drawn answers. Gates start nearly all open, b = 4. At the toy's own b = 0 the first draws leave few answers
+right, and without a reward there is no gradient: both rewards then closed all edges and learned nothing more. Prints a
+row for each, on held-out sums.
 """
 import copy
 import os

@@ -1,6 +1,6 @@
 """What would a larger model need? Memory and time, counted by formula, so that one can plan; nothing is run.
 
-    python -m exercises.open.scale [--tokens 512] [--rank 16] [--positions 5e8] [--flops 4e14]
+    python -m exercises.open.scale [--block-size 512] [--rank 16] [--tokens 5e8] [--flops 4e14]
 
 The share of edges by size is `python -m extras.sweep width`. Here, for Llama's shapes, with `extras.train_llama
 --recompute --batch-size 1`, T positions at a time:
@@ -42,22 +42,22 @@ def count(L, C, H, G, M, V, E, T, rank):
 
 
 def run(args):
-    print(f"T = {args.tokens}, rank {args.rank}, {args.positions:.0e} tokens at {args.flops:.0e} operations a second\n")
+    print(f"T = {args.block_size}, rank {args.rank}, {args.tokens:.0e} tokens at {args.flops:.0e} operations a second\n")
     print("| | parameters, billions | all trained, GB | adapters, GB | activations, GB | logits, GB | "
           "attention, GB | plain, GB | days, all trained | days, adapters |\n" + "|---" * 10 + "|")
     for name, shape in SHAPES.items():
-        found = count(*shape, args.tokens, args.rank)
+        found = count(*shape, args.block_size, args.rank)
         numbers = [f"{found[what] / 1e9:.4g}" for what in list(found)[:7]]
-        days = [f"{found[what] * args.positions / args.flops / 86400:.3g}" for what in ("operations", "with adapters")]
+        days = [f"{found[what] * args.tokens / args.flops / 86400:.3g}" for what in ("operations", "with adapters")]
         print(f"| {name} | {' | '.join([*numbers, *days])} |")
 
 
 def main():
     parser = argparse.ArgumentParser(usage="python -m exercises.open.scale [options]",
                                      description="Memory and time of larger models, counted.")
-    parser.add_argument("--tokens", type=between(int, 1, 10**6), default=512, help="T (default 512)")
+    parser.add_argument("--block-size", type=between(int, 1, 10**6), default=512, help="T (default 512)")
     parser.add_argument("--rank", type=between(int, 1, 10**4), default=16, help="of the adapters (default 16)")
-    parser.add_argument("--positions", type=between(float, 1, 1e15), default=5e8, help="to train on (default 5e8)")
+    parser.add_argument("--tokens", type=between(float, 1, 1e15), default=5e8, help="to train on (default 5e8)")
     parser.add_argument("--flops", type=between(float, 1, 1e20), default=4e14,
                         help="operations a second: 40%% of an H100's peak in bfloat16 (default 4e14)")
     run_command(parser, run)
