@@ -119,6 +119,11 @@ def optimizer_step(optimizer, lr, scores, score_lr):
         p.copy_(torch.lerp(old, p, score_lr))
 
 
+def twin(model):
+    """A copy of the model. Frozen matrices are shared: with adapters they are nearly all of it."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if p.ndim > 1 and not p.requires_grad})
+
+
 @torch.no_grad()
 def average(kept, model, step):
     """Move kept's trained weights towards model's: so they are the mean of all steps, later of the last 100 or so."""
@@ -158,7 +163,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
     T, every = model.config.block_size, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
-    kept = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})    # shares frozen ones
+    kept = twin(model)
     log = Log(out, model, kept, optimizer, geco)    # reads out/last.pt into them, if it is there
     if place.rank == 0:
         log.mend()
@@ -242,7 +247,7 @@ def run(args, load, encoding_of, prepare):
     base = untouched(model, data, place, args)
     say(f"untouched model: validation CE {base['ce']:.4f} nats per token; "
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.distill else None
+    teacher = twin(model).eval().requires_grad_(False) if args.distill else None
     if args.dense:
         model.set_gates(False)
         geco = None

@@ -394,6 +394,15 @@ def test_averaged_weights_are_the_mean_of_all_steps_and_later_of_the_last_hundre
     assert weights.sum().item() == pytest.approx(1) and torch.equal(kept.bias, free)    # not trained: left alone
 
 
+def test_a_twin_shares_frozen_matrices_and_nothing_else():
+    """A threshold may be frozen now and trained later: it is not shared."""
+    model = GPT(GPTConfig(8, 11, 1, 2, 4, gated=True))
+    model.wte.weight.requires_grad_(False)
+    other = dict(train.twin(model).named_parameters())
+    shared = {name for name, p in model.named_parameters() if p.data_ptr() == other[name].data_ptr()}
+    assert shared == {"wte.weight"} and not other["h.0.attn.gate_bias"].requires_grad
+
+
 def test_checkpoints_hold_the_averaged_weights_that_were_evaluated(tiny, finished):
     """And beside them those that train, which are others."""
     saved = torch.load(finished[0] / "last.pt", weights_only=True)
