@@ -1,7 +1,6 @@
 """exercises/open/: the answers' own arithmetic, against a second way."""
 import itertools
 import math
-import re
 import shlex
 import sys
 from types import SimpleNamespace
@@ -100,26 +99,42 @@ def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy):
     assert (drawn @ exact / exact.square().sum()).item() == pytest.approx(1, abs=0.2)
 
 
-def test_windows_end_in_copies_and_votes():
+def test_every_drawn_answer_has_gates_of_its_own(policy):
+    """Under the same gates eight answers are all right or all wrong, and what a gate is worth cancels in the baseline."""
+    gpt, idx, targets = policy
+    torch.manual_seed(0)
+    logits = reward.rewarded(gpt, 8).train()(idx, targets).logits.unflatten(0, (8, -1))
+    assert logits.shape[:2] == (8, len(idx)) and logits.std(0).mean() > 0.01
+
+
+def test_windows_are_text_or_tosses_or_copies():
     text, rng = np.full(1000, 65, np.uint16), np.random.default_rng(0)
-    rows = [bytes(row.tolist()).decode() for row in far.windows(text, 300, [0, "votes", 4, 24], rng)]
-    copies = [found for row in rows if (found := re.fullmatch(r"A+([a-z]+)\|\1\|", row))]
-    votes = [found for row in rows if (found := re.fullmatch(r"A+" + 5 * r"([01]{15})=([01])", row))]
-    assert {len(row) for row in rows} == {128} and {len(found[1]) for found in copies} == {4, 24}
-    assert all(winner == str(int(ballot.count("1") > 7)) for found in votes
-               for ballot, winner in zip(found.groups()[::2], found.groups()[1::2]))
-    assert len(copies) + len(votes) + sum(row == "A" * 128 for row in rows) == 300 and len(votes) > 40
+    rows = far.windows(text, 600, ["text", "tosses", 5, 49], rng)
+    assert rows.shape == (600, 128) and rows.dtype == np.uint16
+    is_text, tosses = (rows == 65).all(1), ((rows == 48) | (rows == 49)).all(1)
+    for n, others in ((5, 49), (49, 5)):
+        copies = (rows[:, n:] == rows[:, :-n]).all(1) & ~is_text & ~(rows[:, others:] == rows[:, :-others]).all(1)
+        assert 100 < copies.sum() < 200 and (rows[copies] >= 33).all() and (rows[copies] < 127).all()
+    assert 100 < is_text.sum() < 200 and 100 < tosses.sum() < 200
+    assert (rows[tosses] == 49).mean(1).std() > 0.2    # each window has a coin of its own: a fair one's std is 0.04
+
+
+def test_the_best_guess_of_a_toss_by_counting():
+    """The probability of a sequence under a coin of unknown bias is 1 / ((T + 1) C(T, heads))."""
+    rows = far.windows(None, 20, ["tosses"], np.random.default_rng(0))
+    exact = [math.log((far.T + 1) * math.comb(far.T, int((row == 49).sum()))) for row in rows]
+    assert far.best_ce(rows) == pytest.approx(np.mean(exact) / far.T)
 
 
 def test_a_model_that_copies_is_right_and_one_that_guesses_is_not():
-    def reads_back(d):    # foresees the letter that stands d places back
+    def reads_back(d):    # foresees the character that stands d places back
         class Model:
             def eval(self):
-                return lambda idx: SimpleNamespace(logits=torch.nn.functional.one_hot(idx.roll(d, 1), 257))
+                return lambda idx: SimpleNamespace(logits=torch.nn.functional.one_hot(idx.roll(d - 1, 1), 257))
         return Model()
-    rows = far.windows(np.full(1000, 65, np.uint16), 50, [12], np.random.default_rng(0))
-    assert far.right(reads_back(12), rows, slice(-12, -1)) == 1
-    assert far.right(reads_back(3), rows, slice(-12, -1)) < 0.2
+    rows = far.windows(None, 50, [13], np.random.default_rng(0))
+    assert far.right(reads_back(13), rows, 13) == 1
+    assert far.right(reads_back(4), rows, 13) < 0.2
 
 
 def test_open_edges_by_distance(monkeypatch):

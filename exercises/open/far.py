@@ -2,12 +2,12 @@
 
     python -m exercises.open.far [--seeds 3] [--out runs/far]
 
-A small GPT reads docstrings, 128 bytes to a window. In a third of the windows the last bytes are d random letters shown
-twice, "qkz|qkz|", with d from 4 to 48: a letter of the second copy must be read off the first, d + 1 places back. In
-another third they are five ballots, each of 15 votes and the winner, "011010001110101=1": a mean over all votes. After
-dense training a copy of the model gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of
-the windows of text alone, share of copied letters and of winners that are right, and, where the copies are 48 letters
-long, the share of the allowed edges that are open, by distance.
+A small GPT reads windows of 128 bytes, a third of each kind: docstrings; copies, where n random characters repeat to
+the end of the window, n from 5 to 49, so each must be read n places back; and tosses of a coin whose bias is drawn anew
+for every window, so the next one is foreseen by the mean of all tosses before. After dense training a copy of the model
+gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of docstrings and of tosses (beside
+that of (heads + 1) / (tosses + 2), the best possible), share of characters of the second copy that are right, and, in
+windows with n = 49, the share of the allowed edges that are open, by distance.
 """
 import copy
 import os
@@ -23,33 +23,39 @@ from support.options import parser as train_options
 from support.place import Place
 from train import add_gates, evaluate, fit
 
-T, VOTES, BALLOTS = 128, 15, 5
-DISTANCES = 4, 12, 24, 48
+T = 128
+PERIODS = 5, 13, 25, 49
+KINDS = 4 * ["text"] + 4 * ["tosses"] + list(PERIODS)    # a third each
 BANDS = (1, 4), (5, 16), (17, 48), (49, 126)
 ROOMS = 0.05, 0.2, 0.6    # tau above the dense model's CE, nats
 
 
 def windows(text, count, kinds, rng):
-    """(count,T) tokens: docstrings that end in what `kinds` has, drawn at random: 0 nothing, "votes", or a distance."""
+    """(count,T) tokens, each window of one of the kinds, drawn at random: "text", "tosses", or a period."""
     rows = []
     for kind in rng.choice(np.array(kinds, object), count):
-        probe = []
-        if kind == "votes":
-            for votes in rng.integers(0, 2, (BALLOTS, VOTES)):
-                probe += [*(48 + votes), ord("="), 48 + (2 * votes.sum() > VOTES)]
-        elif kind:
-            letters = rng.integers(97, 123, kind)
-            probe = [*letters, ord("|"), *letters, ord("|")]
-        start = rng.integers(len(text) - T)
-        rows.append(np.concatenate([text[start:start + T - len(probe)], probe]).astype(np.uint16))
-    return np.stack(rows)
+        if kind == "text":
+            start = rng.integers(len(text) - T)
+            rows.append(text[start:start + T])
+        elif kind == "tosses":
+            rows.append(48 + (rng.random(T) < rng.random()))
+        else:
+            rows.append(np.resize(rng.integers(33, 127, kind), T))
+    return np.stack(rows).astype(np.uint16)
 
 
 @torch.no_grad()
-def right(model, rows, asked):
-    """Share of the tokens at `asked`, a slice of a window, that the model foresees."""
+def right(model, rows, n):
+    """Share of the second n tokens of a window, but for the first of these, that the model foresees."""
     rows = torch.from_numpy(rows.astype(np.int64))
-    return (model.eval()(rows[:, :-1]).logits.argmax(-1) == rows[:, 1:])[:, asked].double().mean().item()
+    return (model.eval()(rows[:, :-1]).logits.argmax(-1) == rows[:, 1:])[:, n:2 * n - 1].double().mean().item()
+
+
+def best_ce(rows):
+    """The least mean CE of tosses: that of Laplace's rule, right if every bias of a coin is equally likely."""
+    heads = rows == 49
+    p = (np.cumsum(heads, 1) - heads + 1) / (np.arange(T) + 2)    # of heads, before each toss
+    return -np.log(np.where(heads, p, 1 - p)).mean()
 
 
 def open_by_distance(model, rows):
@@ -61,15 +67,13 @@ def open_by_distance(model, rows):
 
 def run(args):
     text, rng = load("stdlib", byte_encoding()), np.random.default_rng(0)
-    kinds = 4 * [0] + 4 * ["votes"] + list(DISTANCES)    # a third each
-    data = [windows(part, count, kinds, rng).flatten() for part, count in zip(text, (15_000, 321, 1_000))]
-    plain = windows(text[1], 321, [0], rng).flatten()
-    probes = {kind: windows(text[1], 200, [kind], rng) for kind in (*DISTANCES, "votes")}
+    data = [windows(part, count, KINDS, rng).flatten() for part, count in zip(text, (15_000, 321, 1_000))]
+    probes = {kind: windows(text[1], 321, [kind], rng) for kind in ("text", "tosses", *PERIODS)}
     options = train_options(argv=["--init", "scratch"]).parse_args([])    # out is None: no run to resume
     place = Place("cpu", "float32")
-    print(f"{'seed':5}{'tau':>9}{'CE':>8}{'edges':>9}{'CE of text':>12}   right: "
-          + "".join(f"{f'd = {d}':>8}" for d in DISTANCES) + f"{'votes':>8}   open at distance "
-          + ", ".join(f"{low}-{high}" for low, high in BANDS))
+    print(f"{'seed':5}{'tau':>7}{'CE':>8}{'edges':>10}{'text':>8}{'tosses':>8}   right:"
+          + "".join(f"{f'n = {n}':>8}" for n in PERIODS) + "   open at distance "
+          + ", ".join(f"{low}-{high}" for low, high in BANDS) + f"    (tosses: at best {best_ce(probes['tosses']):.3f})")
     for seed in range(args.seeds):
         options.seed = seed
         config = GPTConfig(block_size=T, vocab_size=257, n_layer=4, n_head=4, n_embd=128)
@@ -82,12 +86,11 @@ def run(args):
                 fit(model, data, folder(args, seed, f"sparse-{room}-{args.steps}"), place, options, args.steps, 1e-3,
                     add_gates(model, base + room, options), shift=seen - base)
             ce, active = evaluate(model, data[1], place, options)
-            found = [right(model, probes[d], slice(-d, -1)) for d in DISTANCES]    # all letters but the first
-            found.append(right(model, probes["votes"], slice(-1 - (BALLOTS - 1) * (VOTES + 2), None, VOTES + 2)))
-            bands = ", ".join(f"{share:.2%}" for share in open_by_distance(model, probes[48]))
-            print(f"{seed:<5}{'dense' if room is None else f'+{room}':>9}{ce:8.3f}{active.mean():9.2%}"
-                  f"{evaluate(model, plain, place, options)[0]:12.3f}" + " " * 10
-                  + "".join(f"{x:8.0%}" for x in found) + f"   {bands}", flush=True)
+            parts = [evaluate(model, probes[kind].flatten(), place, options)[0] for kind in ("text", "tosses")]
+            bands = ", ".join(f"{share:.2%}" for share in open_by_distance(model, probes[49]))
+            print(f"{seed:<5}{'dense' if room is None else f'+{room}':>7}{ce:8.3f}{active.mean():10.2%}"
+                  + "".join(f"{part:8.3f}" for part in parts) + " " * 9
+                  + "".join(f"{right(model, probes[n], n):8.0%}" for n in PERIODS) + f"   {bands}", flush=True)
 
 
 def folder(args, seed, name):
@@ -98,7 +101,7 @@ def folder(args, seed, name):
 
 
 def main():
-    parser = two_phases("far", "Copies and votes: what goes first as tau loosens?", dense_steps=4000, steps=2000)
+    parser = two_phases("far", "Copies and means: what goes first as tau loosens?", dense_steps=4000, steps=2000)
     run_command(parser, run)
 
 

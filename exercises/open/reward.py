@@ -34,16 +34,16 @@ class Rewarded(GPT):
     draws = 0
 
     def forward(self, idx, targets):
-        out, asked = super().forward(idx), targets[0] != -1
-        log_p = torch.log_softmax(out.logits[:, asked], -1)                          # (N,S,V), S slots
+        draws = self.draws if self.training else 0
+        out, asked = super().forward(idx.repeat(max(1, draws), 1)), targets[0] != -1    # gates of its own for each
+        log_p = torch.log_softmax(out.logits[:, asked], -1).unflatten(0, (-1, len(idx)))    # (draws,N,S,V), S slots
         right = targets[:, asked]
-        if not (self.draws and self.training):
-            return out._replace(loss=1 - log_p.gather(-1, right[..., None]).sum((1, 2)).exp().mean())
-        drawn = torch.multinomial(log_p.exp().flatten(0, 1), self.draws, replacement=True, generator=ORDER)
-        answers = drawn.T.unflatten(1, right.shape)                                                 # (draws,N,S)
-        reward = (answers == right).all(-1).float()                                                 # (draws,N)
-        log_p = log_p.expand(self.draws, -1, -1, -1).gather(-1, answers[..., None]).sum((2, 3))     # (draws,N)
-        advantage = (reward - reward.mean(0)) * self.draws / (self.draws - 1)    # the mean holds the draw itself
+        if not draws:
+            return out._replace(loss=1 - log_p[0].gather(-1, right[..., None]).sum((1, 2)).exp().mean())
+        answers = torch.multinomial(log_p.exp().flatten(0, 2), 1, generator=ORDER).view(log_p.shape[:3])
+        reward = (answers == right).all(-1).float()                                      # (draws,N)
+        log_p = log_p.gather(-1, answers[..., None]).sum((2, 3))                         # (draws,N)
+        advantage = (reward - reward.mean(0)) * draws / (draws - 1)    # the mean holds the draw itself
         surrogate = -(advantage * log_p).mean()    # its mean gradient is that of 1 - expected reward
         return out._replace(loss=1 - reward.mean() + surrogate - surrogate.detach())
 
