@@ -77,18 +77,19 @@ def test_the_exact_reward_is_the_probability_of_a_right_answer(policy):
     by_hand = 0.0
     for row, wanted in zip(gpt.eval()(idx).logits.detach().numpy(), targets.numpy()):
         by_hand += math.prod(np.exp(row[t, wanted[t]]) / np.exp(row[t]).sum() for t in (6, 7, 8)) / 40
-    found = reward.rewarded(gpt, 8).eval()(idx, targets)    # in evaluation exact, also of a model that draws
+    found = reward.rewarded(gpt, True).eval()(idx, targets)    # in evaluation exact, also of a model that draws
     assert 1 - found.loss.item() == pytest.approx(by_hand, abs=1e-6) and 0.1 < by_hand < 0.9
 
 
-def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy):
+def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy, monkeypatch):
     """With the fewest draws, two, each sum shown 5,000 times. Without gates, which would draw too."""
+    monkeypatch.setattr(reward, "ANSWERS", 2)
     gpt, idx, targets = policy
     gpt.set_gates(False)
     slopes, losses = [], []
     reward.ORDER.manual_seed(0)
-    for draws, copies in ((0, 1), (2, 5000)):
-        model = reward.rewarded(gpt, draws).train()
+    for draw, copies in ((False, 1), (True, 5000)):
+        model = reward.rewarded(gpt, draw).train()
         loss = model(idx[::8].repeat(copies, 1), targets[::8].repeat(copies, 1)).loss
         loss.backward()
         losses.append(loss.item())
@@ -103,7 +104,7 @@ def test_every_drawn_answer_has_gates_of_its_own(policy):
     """Under the same gates eight answers are all right or all wrong, and what a gate is worth cancels in the baseline."""
     gpt, idx, targets = policy
     torch.manual_seed(0)
-    logits = reward.rewarded(gpt, 8).train()(idx, targets).logits.unflatten(0, (8, -1))
+    logits = reward.rewarded(gpt, True).train()(idx, targets).logits.unflatten(0, (8, -1))
     assert logits.shape[:2] == (8, len(idx)) and logits.std(0).mean() > 0.01
 
 

@@ -73,7 +73,8 @@ def run(args):
     place = Place("cpu", "float32")
     print(f"{'seed':5}{'tau':>7}{'CE':>8}{'edges':>10}{'text':>8}{'tosses':>8}   right:"
           + "".join(f"{f'n = {n}':>8}" for n in PERIODS) + "   open at distance "
-          + ", ".join(f"{low}-{high}" for low, high in BANDS) + f"    (tosses: at best {best_ce(probes['tosses']):.3f})")
+          + ", ".join(f"{low}-{high}" for low, high in BANDS)
+          + f"    (best CE of tosses: {best_ce(probes['tosses']):.3f})")
     for seed in range(args.seeds):
         options.seed = seed
         config = GPTConfig(block_size=T, vocab_size=257, n_layer=4, n_head=4, n_embd=128)

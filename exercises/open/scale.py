@@ -42,7 +42,7 @@ def count(L, C, H, G, M, V, E, T, rank):
 
 
 def run(args):
-    print(f"T = {args.block_size}, rank {args.rank}, {args.tokens:.0e} tokens at {args.flops:.0e} operations a second\n")
+    print(f"T = {args.block_size}, rank {args.rank}, {args.tokens:.0e} tokens, {args.flops:.0e} operations a second\n")
     print("| | parameters, billions | all trained, GB | adapters, GB | activations, GB | logits, GB | "
           "attention, GB | plain, GB | days, all trained | days, adapters |\n" + "|---" * 10 + "|")
     for name, shape in SHAPES.items():
