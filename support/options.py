@@ -9,7 +9,8 @@ from support.files import UserError, between, make_folder, pick_device, read_jso
 from support.weights import GPT2_SHA256
 
 SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size": 8, "grad_accum": 1,
-           "dense_steps": 4000, "dense_lr": 2e-3, "steps": 5000, "lr": 1e-3, "eval_windows": 320, "eval_every": 200}
+           "dense_steps": 4000, "dense_lr": 2e-3, "steps": 5000, "lr": 1e-3, "lam": 1.0, "rate": 0.2,
+           "eval_windows": 320, "eval_every": 200}
 SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 LAM_RANGE = 1e-3, 2.0    # at 2 all edges together are worth half a nat: more would not protect the loss better
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
@@ -35,8 +36,8 @@ OPTIONS = (    # name, type (or choices), default, help
     ("temperature", between(float, 0.01, 100.0), 1.0, "of the gates' straight-through gradient"),
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
-    ("lam", between(float, *LAM_RANGE), 1.0, "lambda at the start; below 1, edges go at once"),
-    ("rate", between(float, 1e-9, 100.0), 0.2, "kappa of GECO, per step: how fast lambda answers"),
+    ("lam", between(float, *LAM_RANGE), 0.1, "lambda at the start: small, and edges go at once, before it grows"),
+    ("rate", between(float, 1e-9, 100.0), 0.02, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
     ("distill", between(float, 0.0, math.inf), 0.0, "weight of KL(untouched || sparse) beside the CE, both times "
      "lambda; inf: in its place"),

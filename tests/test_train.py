@@ -145,7 +145,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_the_multiplier_follows_the_formula(every_step):
     """(4) and (5) again, from the logged losses alone: tau 4, kappa 0.02, alpha 0.97. The lam of a row is the one
     that its step used."""
-    average, lam = None, 1.0
+    average, lam = None, 0.1
     for row in log(every_step["sampled"])[1:]:
         c = row["train_ce"] - 4
         average = c if average is None else 0.97 * average + 0.03 * c
