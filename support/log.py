@@ -74,8 +74,8 @@ def read_run(out):
 
 
 def best_row(rows, tau):
-    """The sparsest evaluation that meets the constraint, or None. Hard gates, validation loss."""
-    good = [row for row in rows if row["val_ce"] <= tau]
+    """The sparsest evaluation after a step that meets the constraint, or None. Hard gates, validation loss."""
+    good = [row for row in rows if row["step"] and row["val_ce"] <= tau]
     return min(good, key=lambda row: (row["active"], row["val_ce"]), default=None)
 
 

@@ -22,7 +22,7 @@ from geco import Geco
 from model import GPT, GPTConfig
 from support import data, report
 from support.files import UserError
-from support.log import share_at
+from support.log import best_row, share_at
 from support.losses import divergence
 from support.place import Place
 from support.weights import save_checkpoint
@@ -188,6 +188,13 @@ def test_the_share_at_a_loss_by_interpolation():
     assert share_at(rows, 1.7) == pytest.approx(0.03 + (0.02 - 0.03) / 6)    # a sixth of the way back up
     assert share_at(rows, 1.67) == pytest.approx(0.04 - 0.2 * 0.02)          # a fifth of the way from 1.65 to 1.75
     assert share_at(rows, 1.6) == 0.1 and share_at(rows, 1.5) is None and share_at(rows[:1], 3) == 0.6
+
+
+def test_the_best_evaluation_meets_tau_and_comes_after_a_step():
+    """Gates that were only switched on are no result of training."""
+    rows = [{"step": step, "val_ce": ce, "active": active} for step, ce, active in (
+        (0, 1.5, 0.1), (10, 1.9, 0.2), (20, 1.6, 0.3), (30, 1.6, 0.4))]
+    assert best_row(rows, 1.7)["step"] == 20 and best_row(rows, 1.55) is None
 
 
 def test_without_tau_it_is_the_untouched_loss(tiny, capsys):
