@@ -3,11 +3,12 @@
     python -m exercises.open.far [--seeds 3] [--out runs/far]
 
 A small GPT reads windows of 128 bytes, a third of each kind: docstrings; copies, where n random characters repeat to
-the end of the window, n from 5 to 49, so each must be read n places back; and tosses of a coin whose bias is drawn anew
-for every window, so the next one is foreseen by the mean of all tosses before. After dense training a copy of the model
-gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of docstrings and of tosses (beside
-that of (heads + 1) / (tosses + 2), the best possible), share of characters of the second copy that are right, and, in
-windows with n = 49, the share of the allowed edges that are open, by distance.
+the end of the window, n from 5 to 49, so that the nearest copy is an edge of length n - 1; and tosses of a coin whose
+bias is drawn anew for every window, so the next one is foreseen by the mean of all tosses before. After dense training
+a copy of the model gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of docstrings and
+of tosses (beside that of (heads + 1) / (tosses + 2), the best possible but for 0.01 at the border of two windows),
+share of characters of the second copy that are right, and, in windows with n = 49, the share of the allowed edges that
+are open, by distance.
 """
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Does greater-than need more heads after sparse training? The one task where the paper's sparse model did.
+"""Does greater-than need more heads after sparse training? Under a global ranking the paper's did.
 
     python -m exercises.open.greater_than [--seeds 3] [--out runs/greater-than]
 

@@ -1,16 +1,16 @@
-"""Does it work with a reward in place of a cross-entropy? The toy, sparse, without being told the right digits.
+"""Does it work with a reward in place of a cross-entropy? The toy, sparse, by rewards after a dense phase.
 
     python -m exercises.open.reward [--seeds 3] [--steps 8000] [--out runs/reward]
 
 Each seed's dense model gets gates and trains on in three ways, all with the toy's loop:
     cross-entropy   as in toy_addition.py
     sampled reward  answers are drawn from the model, 8 for a sum; one is worth 1 if all its digits are right. The
-                    gradient is REINFORCE's, with the mean reward of the 8 as its baseline
+                    gradient is REINFORCE's, with the mean reward of the other 7 as its baseline
     exact reward    the gradient of the exact expected reward, the product of the digits' probabilities
 With a reward the constraint is 1 - exact expected reward <= 0.01, in both, and a batch shows each sum 8 times, each
 time under gates of its own. So what the second loses to the third is the noise of drawn answers. (Under the same gates
-all 8 answers would be right or all wrong, and what a gate is worth would cancel in the baseline.) Prints a row for
-each, on held-out sums.
+all 8 answers would mostly be right or all wrong, and what a gate is worth would cancel in the baseline.) Prints a row
+for each, on held-out sums.
 """
 import copy
 import os
