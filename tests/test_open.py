@@ -101,7 +101,7 @@ def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy, monkeypatch
 
 
 def test_every_drawn_answer_has_gates_of_its_own(policy):
-    """Under the same gates eight answers are all right or all wrong, and what a gate is worth cancels in the baseline."""
+    """Under the same gates eight answers are right or wrong together, and what a gate is worth would cancel."""
     gpt, idx, targets = policy
     torch.manual_seed(0)
     logits = reward.rewarded(gpt, True).train()(idx, targets).logits.unflatten(0, (8, -1))

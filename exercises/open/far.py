@@ -89,7 +89,7 @@ def run(args):
                     add_gates(model, base + room, options), shift=seen - base)
             ce, active = evaluate(model, data[1], place, options)
             parts = [evaluate(model, probes[kind].flatten(), place, options)[0] for kind in ("text", "tosses")]
-            bands = ", ".join(f"{share:.2%}" for share in open_by_distance(model, probes[49][:100]))
+            bands = ", ".join(f"{share:.2%}" for share in open_by_distance(model, probes[PERIODS[-1]][:100]))
             print(f"{seed:<5}{'dense' if room is None else f'+{room}':>7}{ce:8.3f}{active.mean():10.2%}"
                   + "".join(f"{part:8.3f}" for part in parts) + " " * 9
                   + "".join(f"{right(model, probes[n], n):8.0%}" for n in PERIODS) + f"   {bands}", flush=True)
