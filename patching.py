@@ -10,13 +10,13 @@ Sign: a score above 0 moves m towards the clean run. All patches act at all posi
 
     head score             (m(patched) - m(corrupt)) / (m(clean) - m(corrupt)), one head patched       (6)
     explained effect EE(k)  the same with the k heads that a ranking puts first, a ratio of means       (7)
-    edge score s(u,v)       sum over positions of (out_u(clean) - out_u(corrupt)) . dm/d(in_v)          (8)
-    cumulative share C(n)   sum of the n largest |s(u,v)| / sum of all                                  (9)
+    edge score s(u,w)       sum over positions of (out_u(clean) - out_u(corrupt)) . dm/d(in_w)          (8)
+    cumulative share C(n)   sum of the n largest |s(u,w)| / sum of all                                  (9)
 
-The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits as destinations v; q, k and v of a
+The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits as destinations w; q, k and v of a
 head read through one input. A head's output is its z, the mixture of values, times its rows of the output projection,
-whose bias belongs to no head. in_v is the residual stream as v reads it, before its LayerNorm; its gradient on the
-corrupted run is taken through v only. (8) is in the metric's units: a first-order estimate of what exact_edge_score
+whose bias belongs to no head. in_w is the residual stream as w reads it, before its LayerNorm; its gradient on the
+corrupted run is taken through w only. (8) is in the metric's units: a first-order estimate of what exact_edge_score
 measures. (7) restores k clean heads in a corrupted run. The paper's figures ask the other question,
 `metric_of_kept_heads`: k heads stay clean in a clean run, and all others write what they wrote in the corrupted one.
 

@@ -10,8 +10,9 @@ RUN is the folder given by --out. It gets args.json (the options), base.json (th
 line per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose
 validation loss met tau), summary.json and three pictures; with --init scratch also dense/, log.csv and last.pt of the
 dense training. Losses are cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes
-from sampled gates on the training text; lambda listens to the model that is kept, averaged weights and hard gates, on
-text never trained on.
+from sampled gates on the training text; lambda looks at the model that is kept, averaged weights and hard gates, on
+text never trained on. A model that is given is also its own teacher: the loss that lambda weighs is then the KL from
+the untouched model in place of the CE (--distill 0: the CE, as in the paper). tau stays a CE.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed gives what an uninterrupted one gives.
@@ -247,7 +248,10 @@ def run(args, load, encoding_of, prepare):
     base = untouched(model, data, place, args)
     say(f"untouched model: validation CE {base['ce']:.4f} nats per token; "
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
-    teacher = twin(model).eval().requires_grad_(False) if args.distill else None
+    teacher = twin(model).eval().requires_grad_(False) if args.distill and not args.dense else None
+    if teacher and args.distill == math.inf and base["tau"] < base["ce"]:
+        say("note: a student of the untouched model alone hardly gets below its CE: give --distill 0, "
+            "or as --init a dense control")
     if args.dense:
         model.set_gates(False)
         geco = None

@@ -5,7 +5,7 @@
 
 A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, each goes to one of three
 splits as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split. train is what the
-weights learn, constraint is what lambda listens to, and val is looked at by neither: it is for the report.
+weights learn, constraint is what lambda looks at, and val is looked at by neither: it is for the report.
 """
 import ast
 import lzma

@@ -10,7 +10,7 @@ from support.weights import GPT2_SHA256
 
 SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size": 8, "grad_accum": 1,
            "dense_steps": 4000, "dense_lr": 2e-3, "steps": 5000, "lr": 1e-3, "lam": 1.0, "rate": 0.2,
-           "eval_windows": 320, "eval_every": 200}
+           "distill": 0.0, "eval_windows": 320, "eval_every": 200}
 SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
 LAM_RANGE = 1e-3, 2.0    # at 2 all edges together are worth half a nat: more would not protect the loss better
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
@@ -34,13 +34,13 @@ OPTIONS = (    # name, type (or choices), default, help
     ("gate-bias", between(float, 0.0, 100.0), None, "b, how far open gates start; default: 2, or the checkpoint's own"),
     ("gate-bias-lr", between(float, 0.0, 10.0), 0.1, "peak rate of the thresholds, one per head; 0: b stays as it is"),
     ("temperature", between(float, 0.01, 100.0), 1.0, "of the gates' straight-through gradient"),
-    ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda listens to: hard gates on held-out "
+    ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda looks at: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, *LAM_RANGE), 0.1, "lambda at the start: small, and edges go at once, before it grows"),
     ("rate", between(float, 1e-9, 100.0), 0.02, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
-    ("distill", between(float, 0.0, math.inf), 0.0, "weight of KL(untouched || sparse) beside the CE, both times "
-     "lambda; inf: in its place"),
+    ("distill", between(float, 0.0, math.inf), math.inf, "weight of KL(untouched || sparse) beside the CE, both times "
+     "lambda; inf: in its place; 0: the CE alone, as the paper"),
     ("eval-every", COUNT, 100, "steps between evaluations"),
     ("eval-windows", COUNT, 128, "sequences of the validation split they read"),
     ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates; after a control of ours take "

@@ -24,6 +24,8 @@ from support import data, report
 from support.files import UserError
 from support.log import best_row, share_at
 from support.losses import divergence
+from support.options import parser
+
 from support.place import Place
 from support.weights import save_checkpoint
 
@@ -46,9 +48,10 @@ def tiny(tmp_path_factory):
 
 
 def options(tiny, out, *more):
+    """An untrained model has nothing to teach: --distill 0."""
     return ["--init", str(tiny / "init.pt"), "--data", str(tiny / "text.txt"), "--out", str(out), "--steps", "20",
             "--batch-size", "8", "--grad-accum", "1", "--lr", "0.003", "--warmup", "5", "--eval-every", "5",
-            "--eval-windows", "16", "--device", "cpu", *more]
+            "--eval-windows", "16", "--device", "cpu", "--distill", "0", *more]
 
 
 def start(tiny, *args, launcher=()):
@@ -99,7 +102,7 @@ def finished(tiny):
 
 @pytest.fixture(scope="session")
 def every_step(tiny):
-    """Runs with open gates that log every step, by what lambda listens to."""
+    """Runs with open gates that log every step, by what lambda looks at."""
     for constraint in ("sampled", "held-out"):
         here(tiny, *options(tiny, tiny / constraint, *OPEN, "--eval-every", "1", "--tau", "4", "--rate", "0.02"),
              "--constraint", constraint)
@@ -303,6 +306,15 @@ def test_distillation_pulls_towards_the_teacher(tiny):
         idx = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(0))
         out[weight] = divergence(model(idx).logits, GPT.from_pretrained(tiny / "init.pt")(idx).logits).item()
     assert out["100"] < 0.3 * out["0"]
+
+
+def test_a_given_model_is_its_own_teacher(tiny, tmp_path, capsys):
+    """By default; and one that cannot get as low as tau says so at once."""
+    for source, weight in (("gpt2", math.inf), ("scratch", 0)):
+        assert parser(argv=["--init", source]).get_default("distill") == weight
+    for weight, tau, noted in (("inf", "5", True), ("inf", "6", False), ("0", "5", False)):
+        here(tiny, *options(tiny, tmp_path / (weight + tau), "--distill", weight, "--tau", tau, "--steps", "1"))
+        assert ("hardly gets below its CE" in capsys.readouterr().out) == noted
 
 
 def test_distillation_in_place_of_the_cross_entropy(tiny):
