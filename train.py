@@ -11,12 +11,13 @@ line per evaluation), last.pt (weights and the state of the training), best.pt (
 validation loss met tau), summary.json and three pictures; with --init scratch also dense/, log.csv and last.pt of the
 dense training. Losses are cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes
 from sampled gates on the training text; lambda looks at the model that is kept, averaged weights and hard gates, on
-text never trained on. A model that is given is also its own teacher: the loss that lambda weighs is then the KL from
-the untouched model in place of the CE (--distill 0: the CE, as in the paper). tau stays a CE.
+
+text never trained on.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed gives what an uninterrupted one gives.
 """
+import argparse
 import copy
 import math
 import os
@@ -37,7 +38,7 @@ from support.log import Log
 from support.losses import divergence
 from support.options import LAM_RANGE, parser, settle
 from support.place import Place
-from support.report import control_row, report
+from support.report import report
 
 
 @torch.no_grad()
@@ -94,11 +95,11 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
         with nullcontext() if synchronise else forward.no_sync():
             with place.autocast():
                 found = forward(idx, targets)
-                edges, kept_low = found.expected_edges.mean(), found.loss
-                if teacher:    # lambda weighs CE + distill * KL, or the KL alone
+                edges, weighed = found.expected_edges.mean(), found.loss    # weighed: by lambda
+                if teacher:
                     kl = divergence(found.logits, teacher(idx).logits)
-                    kept_low = kl if args.distill == math.inf else kept_low + args.distill * kl
-                loss = geco.objective(edges, kept_low) if geco else kept_low
+                    weighed = kl if args.distill == math.inf else weighed + args.distill * kl
+                loss = geco.objective(edges, weighed) if geco else weighed
             (loss / micros).backward()
         totals += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
     return place.mean(*totals.tolist())
@@ -126,9 +127,9 @@ def twin(model):
 
 
 @torch.no_grad()
-def average(kept, model, step):
-    """Move kept's trained weights towards model's: so they are the mean of all steps, later of the last 100 or so."""
-    for mean, new in zip(kept.parameters(), model.parameters()):
+def average(averaged, model, step):
+    """Move the trained weights of `averaged` towards model's: to the mean of all steps, later of the last 100 or so."""
+    for mean, new in zip(averaged.parameters(), model.parameters()):
         if new.requires_grad:
             mean.lerp_(new, max(0.01, 1 / (step + 1)))
 
@@ -144,33 +145,34 @@ def add_gates(model, tau, args):
 
 
 def stop(log, place, args):
-    """After Ctrl-C: leave what --resume needs."""
-    if place.rank > 0:
-        sys.exit(1)
-    log.save()
+    """After Ctrl-C: leave what --resume needs. All ranks end together, when it is saved."""
+    if place.rank == 0:
+        log.save()
+    place.wait()
     again = f"the same program with --resume {args.out}" if args.out else "the same command"
-    sys.exit(f"stopped after step {log.step}: {again} goes on")
+    sys.exit(1 if place.rank else f"stopped after step {log.step}: {again} goes on")
 
 
-def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift=0.0):
-    """Train up to step `steps`, going on from out/last.pt if there is one.
+def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
+    """Train for args.steps steps, going on from out/last.pt if there is one.
 
     With a Geco: fewest edges under CE <= tau; without: lowest CE. teacher: the untouched model, frozen, to stay close
     to. shift: by how much the text that lambda looks at is harder than the validation text. Evaluations and checkpoints
     use averaged weights; at the end `model` gets them. Leaves (support/log.py) out/last.pt, out/log.csv and, as soon as
     an evaluation meets tau, out/best.pt.
     """
-    train_tokens, val_tokens, constraint_tokens = data
+    (train_tokens, val_tokens, constraint_tokens), steps = data, args.steps
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
     T, every = model.config.block_size, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
-    kept = twin(model)
-    log = Log(out, model, kept, optimizer, geco)    # reads out/last.pt into them, if it is there
+    averaged = twin(model)
+    log = Log(out, model, averaged, optimizer, geco)    # reads out/last.pt into them, if it is there
     if place.rank == 0:
         log.mend()
     forward = torch.compile(model) if args.compile else model
     forward = DistributedDataParallel(forward) if place.size > 1 else forward
-    tokens_per_step, interrupted = T * args.batch_size * args.grad_accum * place.size, []
+    tokens_per_step = T * args.batch_size * args.grad_accum * place.size
+    interrupted = []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))    # Ctrl-C: finish the step, save, stop
     bar = tqdm(total=steps * tokens_per_step, initial=log.step * tokens_per_step, unit=" tokens", unit_scale=True,
                desc="sparse" if geco else "dense ", disable=place.rank > 0)
@@ -178,7 +180,7 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
     for step in range(log.step, steps + 1):    # once more than there are steps, to evaluate the last
         recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
         if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
-            log.add(step * tokens_per_step, *evaluate(kept, val_tokens, place, args))
+            log.add(step * tokens_per_step, *evaluate(averaged, val_tokens, place, args))
         if step == steps:
             break
         ce, expected, sampled = add_gradient(forward, train_tokens, T, step, place, args, geco, teacher)
@@ -187,14 +189,14 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
             raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
                                      "start anew, in another --out, with a lower --lr")
         warm, cosine = (step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        optimizer_step(optimizer, lr * min(warm, cosine), scores, args.score_lr if geco else 1)
-        average(kept, model, step)
+        optimizer_step(optimizer, args.lr * min(warm, cosine), scores, args.score_lr if geco else 1)
+        average(averaged, model, step)
         log.step = step + 1
         log.recent.append(ce)
         status = f"step {log.step} of {steps}, CE {ce:.3f}"
         if geco:
             if step % every == 0:
-                seen = ce if watched is None else look(kept, watched, step // every, place, args) - shift
+                seen = ce if watched is None else look(averaged, watched, step // every, place, args) - shift
                 log.last = geco.step(seen, expected)
             status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         bar.set_postfix_str(status, refresh=False)
@@ -203,15 +205,13 @@ def fit(model, data, out, place, args, steps, lr, geco=None, teacher=None, shift
             stop(log, place, args)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    model.load_state_dict(kept.state_dict())
+    model.load_state_dict(averaged.state_dict())
 
 
 def run(args, load, encoding_of, prepare):
     """From the options to the report. What args.out holds already is used, not made again: so a run resumes."""
     place = Place(args.device, args.dtype)
     say = print if place.rank == 0 else lambda *_: None
-    if args.control:
-        control_row(args, args.control)    # is it one? A mistake is told now, not after hours
     with place.rank_0_first():    # it downloads the model and makes the token files
         if args.init == "scratch":
             encoding = byte_encoding() if args.data == "stdlib" else gpt2_encoding()
@@ -244,27 +244,27 @@ def run(args, load, encoding_of, prepare):
     if args.init == "scratch":
         folder = os.path.join(args.out, "dense")
         os.makedirs(folder, exist_ok=True)
-        fit(model, data, folder, place, args, args.dense_steps, args.dense_lr)
+        dense = argparse.Namespace(**vars(args) | {"steps": args.dense_steps, "lr": args.dense_lr})
+        fit(model, data, folder, place, dense)
     base = untouched(model, data, place, args)
     say(f"untouched model: validation CE {base['ce']:.4f} nats per token; "
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
-    teacher = twin(model).eval().requires_grad_(False) if args.distill and not args.dense else None
-    if teacher and args.distill == math.inf and base["tau"] < base["ce"]:
-        say("note: a student of the untouched model alone hardly gets below its CE: give --distill 0, "
-            "or as --init a dense control")
+    teacher = twin(model).eval().requires_grad_(False) if args.distill else None
+    if args.distill == math.inf and base["tau"] <= base["ce"]:
+        say("note: who learns from the untouched model alone hardly gets below its CE: pass a larger --tau")
     if args.dense:
         model.set_gates(False)
         geco = None
     else:
         geco = add_gates(model, base["tau"], args)
     shift = base["shift"] if args.constraint == "held-out" else 0.0
-    fit(model, data, args.out, place, args, args.steps, args.lr, geco, teacher, shift)
+    fit(model, data, args.out, place, args, geco, teacher, shift)
     if place.device.type == "cuda":
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if place.rank == 0:
         report(args.out, None, load, encoding_of)
+    place.wait()    # all leave together: one that goes first may abort the others
     if place.size > 1:
-        dist.barrier()    # all leave together: one that goes first may abort the others
         dist.destroy_process_group()
 
 
@@ -295,7 +295,7 @@ def main(load=GPT.from_pretrained, encoding_of=encoding_of, options=(), prepare=
     command = parser(__doc__.partition("\n\n")[0], options)
 
     def report_or_run(args):
-        args = settle(args, command)
+        args = settle(args, options)
         if args.report:
             report(args.report, args.control, load, encoding_of)
         else:

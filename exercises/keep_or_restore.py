@@ -4,8 +4,9 @@ How much of a task do the k best heads carry? Two experiments answer, and their 
     restored   the corrupted run, in which k heads get the z that they have on the clean sentence
     kept       the clean run, in which all heads but k get the z that they have on the corrupted sentence
 
-`patching.outputs(model, tokens)[0]` is the z of all heads, (N,L,H,T,D). The logits of a run on tokens, in which the
-heads with chosen[n,l,h] = True have their z from `z`, are `patching.run_with_heads(model, tokens, z, chosen)`.
+`found = patching.outputs(model, tokens)[0]` is what everything writes in a run, the z of all heads among it. The logits
+of a run on other tokens, in which the heads with chosen (1 or N, L, H) = True have that z instead of their own, are
+`patching.run_with_heads(model, other, found, chosen)`.
 
 Before you write: the last head of a model copies the right name to the output. What share of the effect has it alone if
 it is restored? If it is kept, and the heads whose result it copies are not? Which experiment can tell a model that

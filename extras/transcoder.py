@@ -31,7 +31,7 @@ from extras.llama import load_model
 from extras.tokenizer import encoding_of
 from support.data import batch, load as load_data, spread
 from support.files import (UserError, between, first_line, make_folder, pick_device, read_json, replacing, run_command,
-                           write_csv, write_json)
+                           whole, write_csv, write_json)
 from support.losses import cross_entropy
 from support.weights import BAD_PICKLE, GPT2_SHA256
 from toy_addition import ALPHABET, addition_data, split
@@ -292,9 +292,7 @@ def quality(model, transcoder, idx, targets):
 def run(args):
     make_folder(args.out)
     options, path = dict(vars(args)), os.path.join(args.out, "args.json")
-    for name in ("model", "data"):
-        if options[name] not in NAMES and os.path.exists(options[name]):
-            options[name] = os.path.abspath(options[name])
+    options |= {name: whole(options[name], NAMES) for name in ("model", "data")}
     if os.path.exists(path):
         before = read_json(path)
         differ = [name for name in options if name not in FREE and before.get(name) != options[name]]

@@ -63,6 +63,11 @@ def make_folder(path):
         raise UserError(f"cannot write to {path}: {error.strerror}\npass another folder with --out") from error
 
 
+def whole(path, names=()):
+    """The path that means the same in another folder; what is one of `names`, or is not there, stays as it is."""
+    return os.path.abspath(path) if path not in names and os.path.exists(path) else path
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path to write to. It takes the place of `path` at the end, and is gone after an error."""

@@ -14,15 +14,15 @@ from support.weights import read_weights, save_checkpoint
 class Log:
     """log.csv, last.pt and best.pt of one training, in the folder `out`. It goes on from a last.pt that is there."""
 
-    def __init__(self, out, model, kept, optimizer, geco):
-        """model: the weights that train; kept: their average, which the checkpoints hold."""
-        self.out, self.model, self.kept, self.optimizer, self.geco = out, model, kept, optimizer, geco
+    def __init__(self, out, model, averaged, optimizer, geco):
+        """model: the weights that train; averaged: their average, which the checkpoints hold."""
+        self.out, self.model, self.averaged, self.optimizer, self.geco = out, model, averaged, optimizer, geco
         self.step, self.rows = 0, []
         self.recent = []    # CE of the steps since the last row
-        self.last = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}    # step's
+        self.last = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}    # of geco.step
         if os.path.exists(self.path("last.pt")):
             weights, state = read_weights(self.path("last.pt"))
-            kept.load_state_dict(weights)
+            averaged.load_state_dict(weights)
             model.load_state_dict(state["trained"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.rows, self.recent, self.last = (state[k] for k in ("step", "rows", "recent", "last"))
@@ -40,7 +40,7 @@ class Log:
         return os.path.join(self.out, name)
 
     def save(self):
-        save_checkpoint(self.kept, self.path("last.pt"), step=self.step, rows=self.rows, recent=self.recent,
+        save_checkpoint(self.averaged, self.path("last.pt"), step=self.step, rows=self.rows, recent=self.recent,
                         last=self.last, trained=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                         geco=self.geco.state_dict() if self.geco else {})
 
@@ -51,8 +51,8 @@ class Log:
         row |= {f"active_{l}.{h}": float(share) for (l, h), share in np.ndenumerate(active.numpy())}
         self.rows.append(row)
         self.recent = []
-        if self.geco and best_row(self.rows, self.geco.tau) is row:
-            save_checkpoint(self.kept, self.path("best.pt"), step=self.step)
+        if self.geco and best_row(self.rows, self.geco.tau) is row:    # the new one is the best so far
+            save_checkpoint(self.averaged, self.path("best.pt"), step=self.step)
         self.save()
         write_csv(self.path("log.csv"), self.rows)
 
@@ -74,14 +74,14 @@ def read_run(out):
 
 
 def best_row(rows, tau):
-    """The sparsest evaluation after a step that meets the constraint, or None. Hard gates, validation loss."""
+    """The sparsest of the evaluations after step 0 whose validation CE meets tau, or None."""
     good = [row for row in rows if row["step"] and row["val_ce"] <= tau]
     return min(good, key=lambda row: (row["active"], row["val_ce"]), default=None)
 
 
 def share_at(rows, ce):
-    """The smallest active share at which a run had at most this validation CE, or None. Between two evaluations, of
-    which one is better and one worse, both change evenly."""
+    """The smallest active share at which a run had at most this validation CE, or None. Between two
+    neighbouring evaluations, one above and one below it, CE and share are interpolated linearly."""
     shares = [row["active"] for row in rows if row["val_ce"] <= ce]
     for pair in zip(rows, rows[1:]):
         worse, better = sorted(pair, key=lambda row: -row["val_ce"])

@@ -1,17 +1,19 @@
-"""The options of train.py: `parser` has them all, `settle` says which run they mean."""
+"""The options of train.py: `parser` reads them, `settle` adds the defaults and says which run they mean."""
 import argparse
 import math
 import os
 import re
 
 from support.data import NAMES
-from support.files import UserError, between, make_folder, pick_device, read_json
+from support.files import UserError, between, make_folder, pick_device, read_json, whole
 from support.weights import GPT2_SHA256
 
 SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size": 8, "grad_accum": 1,
            "dense_steps": 4000, "dense_lr": 2e-3, "steps": 5000, "lr": 1e-3, "lam": 1.0, "rate": 0.2,
-           "distill": 0.0, "eval_windows": 320, "eval_every": 200}
+           "eval_windows": 320, "eval_every": 200}
 SCRATCH_ONLY = {"layers", "heads", "width", "dense_steps", "dense_lr"}
+SPARSE_ONLY = {"tau", "distill", "score_lr", "gate_bias", "gate_bias_lr", "temperature", "constraint", "lam", "rate",
+               "decay"}
 LAM_RANGE = 1e-3, 2.0    # at 2 all edges together are worth half a nat: more would not protect the loss better
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
 OPTIONS = (    # name, type (or choices), default, help
@@ -39,12 +41,12 @@ OPTIONS = (    # name, type (or choices), default, help
     ("lam", between(float, *LAM_RANGE), 0.1, "lambda at the start: small, and edges go at once, before it grows"),
     ("rate", between(float, 1e-9, 100.0), 0.02, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
-    ("distill", between(float, 0.0, math.inf), math.inf, "weight of KL(untouched || sparse) beside the CE, both times "
-     "lambda; inf: in its place; 0: the CE alone, as the paper"),
+    ("distill", between(float, 0.0, math.inf), 0.0, "weight of KL(untouched || sparse) beside the CE, both times "
+     "lambda; inf: in its place"),
     ("eval-every", COUNT, 100, "steps between evaluations"),
     ("eval-windows", COUNT, 128, "sequences of the validation split they read"),
-    ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates; after a control of ours take "
-     "another, or the same windows come again"),
+    ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates; if --init was trained here, "
+     "take another than it had: the same one reads the same windows again"),
     ("device", ("cuda", "mps", "cpu"), None, "default: cuda if there is one, else cpu"),
     ("dtype", ("float32", "bfloat16"), None, "of the forward pass; default: bfloat16 on cuda, else float32"),
     ("compile", bool, False, "torch.compile the model"),
@@ -57,55 +59,65 @@ OPTIONS = (    # name, type (or choices), default, help
 )
 
 
-def parser(about="", more=(), argv=None):
-    """An argparse parser whose defaults are those of the --init that argv (sys.argv) names. more: further OPTIONS."""
+def defaults(init="gpt2", more=()):
+    """{name: value} of an --init for which nothing else is given. more: further OPTIONS."""
+    found = {name.replace("-", "_"): default for name, _, default, _ in (*OPTIONS, *more)}
+    return found | (SCRATCH if init == "scratch" else {})
+
+
+def parser(about="", more=()):
+    """An argparse parser that returns what was given, and no defaults."""
     found = argparse.ArgumentParser(
         usage="%(prog)s --tau 3.3 [options]    (--help lists them)", description=about,
+        argument_default=argparse.SUPPRESS,
         epilog="defaults with --init scratch: " + " ".join(f"--{n.replace('_', '-')} {v}" for n, v in SCRATCH.items()))
     for name, kind, default, help in (*OPTIONS, *more):
         how = dict(action="store_true") if kind is bool else dict(type=kind) if callable(kind) else dict(choices=kind)
-        shown = f" (default {default})" if default else ""
-        found.add_argument(f"--{name}", default=default, help=(help + shown).replace("%", "%%"), **how)
-    if found.parse_known_args(argv)[0].init == "scratch":
-        found.set_defaults(**SCRATCH)
+        shown = "" if default is None or kind is bool else f" (default {default})"
+        found.add_argument(f"--{name}", help=(help + shown).replace("%", "%%"), **how)
     return found
 
 
-def settle(args, parser):
+def settle(given, more=()):
     """The options of the run that is meant: a new one in a folder that can be written, or those of an old one."""
-    unset = object()
-    given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    given = {name for name, value in vars(given).items() if value is not unset}    # also one given at its default
+    given = vars(given)
+    args = argparse.Namespace(**defaults(given.get("init"), more) | given)
     if args.report:
-        if given - {"report", "control"}:
+        if given.keys() - {"report", "control"}:
             raise UserError("--report draws the report of its run anew; only --control goes with it\n"
                             "leave the others out")
         return args
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.resume:
-        if given != {"resume"}:
+        if given.keys() != {"resume"}:
             raise UserError("--resume goes on with the options of its run\nleave the others out")
         saved = read_json(os.path.join(args.resume, "args.json"))
+        if "processes" not in saved:
+            raise UserError(f"{args.resume} is no run of train.py\npass a folder that it made")
         if saved["processes"] != processes:
             raise UserError(f"{args.resume} was started by {saved['processes']} processes, these are {processes}\n"
                             f"resume it with torchrun --nproc_per_node={saved['processes']}")
-        return argparse.Namespace(**vars(args) | saved | {"out": args.resume})    # vars: options that are newer
-    if args.init != "scratch" and given & SCRATCH_ONLY:
-        raise UserError(", ".join(f"--{name.replace('_', '-')}" for name in sorted(given & SCRATCH_ONLY))
-                        + " need --init scratch\nleave them out, or train a model from scratch")
-    if args.dense and given & {"tau", "distill", "gate_bias_lr"}:
-        raise UserError("--dense is the control: it has no constraint and no gates\n"
-                        "leave --tau, --distill and --gate-bias-lr out")
+        return argparse.Namespace(**defaults(saved["init"], more) | saved | {"out": args.resume})
+    if args.control:
+        raise UserError("--control is for the report of a finished run\npass it with --report RUN")
+    refused = given.keys() & SCRATCH_ONLY if args.init != "scratch" else set()
+    if refused:
+        raise UserError(f"{listed(refused)} need --init scratch\nleave them out, or train a model from scratch")
+    refused = given.keys() & SPARSE_ONLY if args.dense else set()
+    if refused:
+        raise UserError(f"--dense is the control: it has no constraint and no gates\nleave {listed(refused)} out")
     base = os.path.basename(os.path.normpath(args.init)).removesuffix(".pt")
     args.out = args.out or f"runs/{base}{'-dense' * args.dense}"
     make_folder(args.out)
     if os.path.exists(os.path.join(args.out, "args.json")):
         raise UserError(f"{args.out} holds a run already\n"
                         f"--resume {args.out} goes on with it, another --out starts anew")
-    named = {"init": args.init in {"scratch", *GPT2_SHA256}, "data": re.fullmatch(NAMES, args.data), "control": False}
-    for name in named:    # paths are kept whole: --resume and --report may run in another folder
-        if not named[name] and os.path.exists(getattr(args, name) or ""):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
+    args.init = whole(args.init, {"scratch", *GPT2_SHA256})
+    args.data = args.data if re.fullmatch(NAMES, args.data) else whole(args.data)
     args.processes = processes
     args.dtype = args.dtype or ("bfloat16" if pick_device(args.device) == "cuda" else "float32")
     return args
+
+
+def listed(names):
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))

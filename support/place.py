@@ -19,7 +19,7 @@ class Place:
         if name == "cuda":
             self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        self.dtype = getattr(torch, dtype or ("bfloat16" if name == "cuda" else "float32"))
+        self.dtype = getattr(torch, dtype)
         if self.size > 1 and not dist.is_initialized():    # the others may wait long while rank 0 tokenises
             dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
 
@@ -38,11 +38,16 @@ class Place:
         """Is it so on any rank?"""
         return self.mean(bool(here))[0] > 0
 
+    def wait(self):
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
     @contextlib.contextmanager
     def rank_0_first(self):
         """The other ranks enter the block when rank 0 has left it, and find there what it has downloaded."""
-        if self.size > 1 and self.rank > 0:
-            dist.barrier()
+        if self.rank > 0:
+            self.wait()
         yield
-        if self.size > 1 and self.rank == 0:
-            dist.barrier()
+        if self.rank == 0:
+            self.wait()

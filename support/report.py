@@ -11,21 +11,19 @@ from support.options import OPTIONS
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
-
-
-KNOWN = {name.replace("-", "_") for name, *_ in OPTIONS}    # those that another loader brings are shared too
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
-          "weight_decay", "dtype")
+          "weight_decay", "dtype")    # a control has these as we have them, and all options of another loader,
+OURS = {"processes", *(name.replace("-", "_") for name, *_ in OPTIONS)}    # those that are not these
 
 
-def control_row(args, control, base=None):
+def control_row(args, control, base):
     """The last row of a finished --dense run that differs from ours in nothing else, or a UserError.
 
-    base: the facts of our untouched model, as far as they are known already."""
+    base: the facts of our untouched model."""
     theirs, their_base, rows = read_run(control)
-    names = [*SHARED, *(vars(args).keys() & vars(theirs).keys() - KNOWN)]
+    names = [*SHARED, *sorted(vars(args).keys() & vars(theirs).keys() - OURS)]
     differ = [name for name in names if getattr(theirs, name) != getattr(args, name)]
-    if base and (abs(their_base.ce - base.ce) > 1e-3 or their_base.block_size != base.block_size):
+    if abs(their_base.ce - base.ce) > 1e-3 or their_base.block_size != base.block_size:
         differ.append("untouched model")
     why = ("not --dense" if not theirs.dense else f"other {', '.join(differ)}" if differ else
            f"stopped at step {rows[-1]['step']} of {theirs.steps}" if rows[-1]["step"] < theirs.steps else None)
@@ -36,39 +34,45 @@ def control_row(args, control, base=None):
 
 
 def report(out, control, load, encoding_of):
-    """Print the table of the run in `out`, draw its pictures, write summary.json.
+    """Print the table of the run in `out`, draw its pictures, write summary.json, the last file: all is there.
 
-    control: folder of a --dense run; without one, that of the run's own --control. load, encoding_of: see train.main.
+    control: None, or the folder of a --dense run. load, encoding_of: see train.main.
     """
     args, base, rows = read_run(out)
-    best = None if args.dense else best_row(rows, base.tau)
-    enough = None if args.dense else share_at(rows, base.ce)
-    found, kind, control = best or rows[-1], "dense control" if args.dense else "sparse", control or args.control
-    control_ce = control_row(args, control, base)["val_ce"] if control else found["val_ce"] if args.dense else None
-    lines = [("untouched", base.ce, base.active), (kind, found["val_ce"], found["active"])]
+    lines = [("untouched", base.ce, base.active)]
+    facts = {"base_ce": base.ce, "steps": args.steps, "seed": args.seed}
+    if args.dense:
+        last = rows[-1]
+        print_table([*lines, ("dense control", last["val_ce"], last["active"])], base)
+        write_json(os.path.join(out, "summary.json"), facts | {"control_ce": last["val_ce"], "step": last["step"]})
+        return
+    best, enough = best_row(rows, base.tau), share_at(rows, base.ce)
+    found = best or rows[-1]
+    control_ce = control_row(args, control, base)["val_ce"] if control else None
     if control:
-        lines.insert(1, ("dense control", control_ce, 1.0))
+        lines.append(("dense control", control_ce, 1.0))
+    lines.append(("sparse", found["val_ce"], found["active"]))
+    print_table(lines, base)
+    which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
+    print(f"tau {base.tau:.4f}, {which}, step {found['step']} of {args.steps}\n"
+          f"least edges at the untouched model's CE: {f'{enough:.3%}' if enough else 'never that low'}")
+    draw_curve(rows, lines, base.tau, os.path.join(out, "curve.png"))
+    draw_heads(by_head(found), os.path.join(out, "edges_by_head.png"))
+    init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
+    models = {"untouched": load(init, block_size=base.block_size),
+              "sparse": load(os.path.join(out, "best.pt" if best else "last.pt"))}
+    draw_prompt(models, by_head(found), encoding_of(models["untouched"]), os.path.join(out, "attention.png"))
+    write_json(os.path.join(out, "summary.json"), facts | {
+        "control_ce": control_ce, "sparse_ce": found["val_ce"], "tau": base.tau, "constraint_met": best is not None,
+        "share_at_untouched_ce": enough, "active_share": found["active"],
+        "edges_per_token": found["active"] * base.edges_per_token, "step": found["step"]})
+
+
+def print_table(lines, base):
+    """lines: name, validation CE, active share."""
     print(f"\n{'':16}validation CE   active edges   edges per token")
     for name, ce, active in lines:
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * base.edges_per_token:18.2f}")
-    if not args.dense:
-        which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
-        print(f"tau {base.tau:.4f}, {which}, step {found['step']} of {args.steps}")
-        print(f"least edges at the untouched model's CE: {f'{enough:.3%}' if enough else 'never that low'}")
-        draw_curve(rows, lines, base.tau, os.path.join(out, "curve.png"))
-        draw_heads(by_head(found), os.path.join(out, "edges_by_head.png"))
-        init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init
-        models = {"untouched": load(init, block_size=base.block_size),
-                  "sparse": load(os.path.join(out, "best.pt" if best else "last.pt"))}
-        draw_prompt(models, by_head(found), encoding_of(models["untouched"]), os.path.join(out, "attention.png"))
-    # The last file: it says that all is there.
-    write_json(os.path.join(out, "summary.json"), {
-        "base_ce": base.ce, "control_ce": control_ce,
-        "sparse_ce": None if args.dense else found["val_ce"], "tau": base.tau,
-        "constraint_met": None if args.dense else best is not None,
-        "share_at_untouched_ce": enough, "active_share": found["active"],
-        "edges_per_token": found["active"] * base.edges_per_token,
-        "step": found["step"], "steps": args.steps, "seed": args.seed})
 
 
 def draw_prompt(models, shares, encoding, path, columns=4):

@@ -24,8 +24,6 @@ from support import data, report
 from support.files import UserError
 from support.log import best_row, share_at
 from support.losses import divergence
-from support.options import parser
-
 from support.place import Place
 from support.weights import save_checkpoint
 
@@ -48,10 +46,9 @@ def tiny(tmp_path_factory):
 
 
 def options(tiny, out, *more):
-    """An untrained model has nothing to teach: --distill 0."""
     return ["--init", str(tiny / "init.pt"), "--data", str(tiny / "text.txt"), "--out", str(out), "--steps", "20",
             "--batch-size", "8", "--grad-accum", "1", "--lr", "0.003", "--warmup", "5", "--eval-every", "5",
-            "--eval-windows", "16", "--device", "cpu", "--distill", "0", *more]
+            "--eval-windows", "16", "--device", "cpu", *more]
 
 
 def start(tiny, *args, launcher=()):
@@ -114,7 +111,7 @@ def test_validation_against_a_loop(tiny):
     tokens = np.random.default_rng(1).integers(0, 257, 16 * 7 + 1).astype(np.uint16)
     args = argparse.Namespace(eval_windows=100, batch_size=3)
     model.train()
-    ce, active = train.evaluate(model, tokens, Place("cpu", None), args)
+    ce, active = train.evaluate(model, tokens, Place("cpu", "float32"), args)
     assert model.training                           # left as it was
     model.eval()
     rows = torch.from_numpy(tokens.astype(np.int64))
@@ -169,7 +166,7 @@ def test_lambda_sees_the_kept_model_on_other_text(tiny, tmp_path, constraint):
         tokens, val, held_out = data.load(str(tiny / "text.txt"), data.byte_encoding())
     idx, targets = data.batch(held_out if constraint == "held-out" else tokens, 16, 0, 8, 0)
     args = argparse.Namespace(eval_windows=16, batch_size=8)
-    easier, harder = (train.evaluate(untouched, split, Place("cpu", None), args)[0] for split in (val, held_out))
+    easier, harder = (train.evaluate(untouched, split, Place("cpu", "float32"), args)[0] for split in (val, held_out))
     shift = harder - easier if constraint == "held-out" else 0
     seen = model(idx, targets).loss.item() - shift
     assert log(out)[-1]["c_bar"] == pytest.approx(seen - 5, abs=1e-6)
@@ -271,7 +268,7 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
          "--eval-windows", "8", "--batch-size", "4", "--grad-accum", "1", "--lr", "0.001",
          "--device", "cpu", "--out", control)
     theirs = json.loads((control / "summary.json").read_text())
-    assert theirs["control_ce"] == log(control)[-1]["val_ce"] and theirs["sparse_ce"] is None
+    assert theirs["control_ce"] == log(control)[-1]["val_ce"] and "sparse_ce" not in theirs
     before = (sparse / "log.csv").read_text()
     capsys.readouterr()
     here(tiny, "--report", sparse, "--control", control, pictures=True)
@@ -291,7 +288,7 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
     ours = argparse.Namespace(**json.loads((sparse / "args.json").read_text()) | {"steps": 11})
     (other / "args.json").write_text(json.dumps(args | {"steps": 11}))
     with pytest.raises(UserError, match="stopped at step 10 of 11"):
-        report.control_row(ours, other)
+        report.control_row(ours, other, argparse.Namespace(**base | {"block_size": 8}))
     untouched = log(sparse / "dense")[-1]["val_ce"]
     assert json.loads((sparse / "summary.json").read_text())["base_ce"] == pytest.approx(untouched, abs=1e-6)
 
@@ -306,15 +303,6 @@ def test_distillation_pulls_towards_the_teacher(tiny):
         idx = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(0))
         out[weight] = divergence(model(idx).logits, GPT.from_pretrained(tiny / "init.pt")(idx).logits).item()
     assert out["100"] < 0.3 * out["0"]
-
-
-def test_a_given_model_is_its_own_teacher(tiny, tmp_path, capsys):
-    """By default; and one that cannot get as low as tau says so at once."""
-    for source, weight in (("gpt2", math.inf), ("scratch", 0)):
-        assert parser(argv=["--init", source]).get_default("distill") == weight
-    for weight, tau, noted in (("inf", "5", True), ("inf", "6", False), ("0", "5", False)):
-        here(tiny, *options(tiny, tmp_path / (weight + tau), "--distill", weight, "--tau", tau, "--steps", "1"))
-        assert ("hardly gets below its CE" in capsys.readouterr().out) == noted
 
 
 def test_distillation_in_place_of_the_cross_entropy(tiny):
@@ -431,7 +419,7 @@ def test_checkpoints_hold_the_averaged_weights_that_were_evaluated(tiny, finishe
         patch.setenv("TORCH_HOME", str(tiny / "home"))
         val = data.load(str(tiny / "text.txt"), data.byte_encoding())[1]
     args = argparse.Namespace(eval_windows=16, batch_size=8)
-    ce, _ = train.evaluate(GPT.from_pretrained(finished[0] / "last.pt"), val, Place("cpu", None), args)
+    ce, _ = train.evaluate(GPT.from_pretrained(finished[0] / "last.pt"), val, Place("cpu", "float32"), args)
     assert ce == pytest.approx(log(finished[0])[-1]["val_ce"], abs=1e-6)
 
 
@@ -468,15 +456,16 @@ def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     (["--tau", "0"], "0 is not between"),
     (["--dense", "--tau", "3"], "--dense is the control"),
-    (["--dense", "--gate-bias-lr", "0.1"], "--dense is the control"),
+    (["--dense", "--gate-bias-lr", "0.1", "--lam", "1"], "leave --gate-bias-lr, --lam out"),
     (["--resume", "nowhere"], "cannot read nowhere"),
+    (["--resume", "OTHER"], "is no run of train.py"),
     (["--resume", "WHOLE", "--steps", "7"], "goes on with the options of its run"),
     (["--resume", "WHOLE", "--steps", "5000"], "goes on with the options of its run"),    # the default, but given
     (["--lora-rank", "8"], "unrecognized arguments: --lora-rank 8"),
     (["--score-lr", "-1"], "-1 is not between"),
     (["--layers", "3"], "error: --layers need --init scratch"),
     (["--report", "WHOLE", "--steps", "7"], "only --control goes with it"),
-    (["--control", "nowhere", "--init", "INIT", "--data", "TEXT", "--out", "OUT"], "cannot read"),
+    (["--control", "nowhere", "--init", "INIT", "--data", "TEXT", "--out", "OUT"], "for the report of a finished run"),
     (["--init", "BROKEN", "--data", "TEXT", "--out", "OUT", "--device", "cpu"], "validation CE is nan"),
     (["--report", "nowhere"], "cannot read nowhere"),
     (["--init", "nowhere.pt", "--out", "OUT"], "no such file or folder: nowhere.pt"),
@@ -494,7 +483,9 @@ def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
         broken.ln_f.bias[0] = math.nan
     save_checkpoint(broken, tmp_path / "broken.pt")
     names = {"INIT": tiny / "init.pt", "TEXT": tiny / "text.txt", "WHOLE": finished[0], "ODD": tmp_path / "odd.pt",
-             "BROKEN": tmp_path / "broken.pt", "OUT": tmp_path / "out"}
+             "BROKEN": tmp_path / "broken.pt", "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "args.json").write_text("{}")
     args = ["/".join(str(names.get(part, part)) for part in arg.split("/")) if arg[0] != "/" else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     with pytest.raises(SystemExit) as stop:

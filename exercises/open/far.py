@@ -10,6 +10,7 @@ of tosses (beside that of (heads + 1) / (tosses + 2), the best possible but for 
 share of characters of the second copy that are right, and, in windows with n = 49, the share of the allowed edges that
 are open, by distance.
 """
+import argparse
 import copy
 import os
 
@@ -20,7 +21,7 @@ from exercises.open import two_phases
 from model import GPT, GPTConfig
 from support.data import byte_encoding, load
 from support.files import make_folder, run_command
-from support.options import parser as train_options
+from support.options import defaults
 from support.place import Place
 from train import add_gates, evaluate, fit
 
@@ -70,29 +71,28 @@ def run(args):
     text, rng = load("stdlib", byte_encoding()), np.random.default_rng(0)
     data = [windows(part, count, KINDS, rng).flatten() for part, count in zip(text, (15_000, 321, 1_000))]
     probes = {kind: windows(text[1], 321, [kind], rng) for kind in ("text", "tosses", *PERIODS)}
-    options = train_options(argv=["--init", "scratch"]).parse_args([])    # out is None: no run to resume
     place = Place("cpu", "float32")
-    print(f"{'seed':5}{'tau':>7}{'CE':>8}{'edges':>10}{'text':>8}{'tosses':>8}   right:"
-          + "".join(f"{f'n = {n}':>8}" for n in PERIODS) + "   open at distance "
-          + ", ".join(f"{low}-{high}" for low, high in BANDS)
-          + f"    (best CE of tosses: {best_ce(probes['tosses']):.3f})")
+    titles = ["seed", "tau", "CE", "active edges", "CE of text", f"of tosses (best {best_ce(probes['tosses']):.3f})",
+              *(f"right, n = {n}" for n in PERIODS), *(f"open at distance {low} to {high}" for low, high in BANDS)]
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for seed in range(args.seeds):
-        options.seed = seed
-        config = GPTConfig(block_size=T, vocab_size=257, n_layer=4, n_head=4, n_embd=128)
-        dense = GPT(config, generator=torch.Generator().manual_seed(seed))
-        fit(dense, data, folder(args, seed, "dense"), place, options, args.dense_steps, 2e-3)
-        base, seen = (evaluate(dense, part, place, options)[0] for part in data[1:])
+        options = defaults("scratch") | {"seed": seed}    # out is None: no run to resume
+        dense = GPT(GPTConfig(T, 257, n_layer=4, n_head=4, n_embd=128), generator=torch.Generator().manual_seed(seed))
+        learn = argparse.Namespace(**options | {"steps": args.dense_steps, "lr": 2e-3})
+        fit(dense, data, folder(args, seed, "dense"), place, learn)
+        base, seen = (evaluate(dense, part, place, learn)[0] for part in data[1:])
+        prune = argparse.Namespace(**options | {"steps": args.steps})
         for room in (None, *ROOMS):
             model = copy.deepcopy(dense)
             if room is not None:
-                fit(model, data, folder(args, seed, f"sparse-{room}-{args.steps}"), place, options, args.steps, 1e-3,
-                    add_gates(model, base + room, options), shift=seen - base)
-            ce, active = evaluate(model, data[1], place, options)
-            parts = [evaluate(model, probes[kind].flatten(), place, options)[0] for kind in ("text", "tosses")]
-            bands = ", ".join(f"{share:.2%}" for share in open_by_distance(model, probes[PERIODS[-1]][:100]))
-            print(f"{seed:<5}{'dense' if room is None else f'+{room}':>7}{ce:8.3f}{active.mean():10.2%}"
-                  + "".join(f"{part:8.3f}" for part in parts) + " " * 9
-                  + "".join(f"{right(model, probes[n], n):8.0%}" for n in PERIODS) + f"   {bands}", flush=True)
+                fit(model, data, folder(args, seed, f"sparse-{room}-{args.steps}"), place, prune,
+                    add_gates(model, base + room, prune), shift=seen - base)
+            ce, active = evaluate(model, data[1], place, prune)
+            parts = [evaluate(model, probes[kind].flatten(), place, prune)[0] for kind in ("text", "tosses")]
+            cells = [f"{seed}", "dense" if room is None else f"+{room}", f"{ce:.3f}", f"{active.mean():.2%}",
+                     *(f"{part:.3f}" for part in parts), *(f"{right(model, probes[n], n):.0%}" for n in PERIODS),
+                     *(f"{share:.2%}" for share in open_by_distance(model, probes[PERIODS[-1]][:100]))]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def folder(args, seed, name):

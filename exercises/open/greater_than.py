@@ -46,20 +46,17 @@ def sentences():
 
 
 @torch.no_grad()
-def kept_heads(model, clean, corrupt, metric, order, live):
-    """m with the first k heads of `order` kept, k = 0 ... L*H, mean over pairs. live: the MLPs."""
-    L, H = model.config.n_layer, model.config.n_head
+def kept_without_mlps(model, clean, corrupt, metric, order):
+    """As P.metric_of_kept_heads, (N,L*H+1), but the MLPs too write what they wrote in the corrupted run."""
     theirs, rank, found = P.outputs(model, corrupt)[0], P.rank_of(order, model.config)[0], []
-    for k in range(L * H + 1):
-        dropped = rank >= k
-
+    for k in range(len(order) + 1):
         def write(s, out):
-            if s.start == 0 or out.ndim == 3 and live:
+            if s.start == 0:
                 return out
-            where = dropped[(s.start - 1) // (H + 1), :, None, None] if out.ndim == 4 else torch.tensor(True)
-            return torch.where(where, theirs[s.start], out)
-        found.append(metric(P.forward(model, clean, write=write)).mean().item())
-    return np.array(found)
+            kept = rank[(s.start - 1) // (model.config.n_head + 1), :, None, None] < k if out.ndim == 4 else False
+            return torch.where(torch.as_tensor(kept), out, theirs[s.start])
+        found.append(metric(P.forward(model, clean, write=write)))
+    return torch.stack(found, 1)
 
 
 def run(args):
@@ -84,7 +81,8 @@ def run(args):
         for name, model in (("dense", dense), ("sparse", sparse)):
             found = toy.evaluate(model, idx, targets)
             order = P.head_scores(model, clean, corrupt, metric).mean(0).flatten().argsort(descending=True)
-            curves = [kept_heads(model, clean, corrupt, metric, order, live) for live in (True, False)]
+            curves = [measure(model, clean, corrupt, metric, order).mean(0).numpy()
+                      for measure in (P.metric_of_kept_heads, kept_without_mlps)]
             high, low = curves[0][-1], curves[1][0]    # the clean run, and the corrupted one
             shares = [(curve - low) / (high - low) for curve in curves]
             kept = [f"{P.heads_needed(share)} ({', '.join(f'{share[k]:.2f}' for k in SOME)})" for share in shares]

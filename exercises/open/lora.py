@@ -9,11 +9,10 @@ train at 1e-3 and whole models at 2e-4, usual rates for each; q and k at five ti
 learned in all arms. So the first three differ in nothing but the rank. Compared at equal CE.
 """
 import argparse
-import os
 import shlex
 
 from exercises.open.arms import compare
-from support.files import between, run_command
+from support.files import between, run_command, whole
 
 ARMS = {"rank 4": "--lr 1e-3 --lora-rank 4", "rank 16": "--lr 1e-3 --lora-rank 16",
         "rank 64": "--lr 1e-3 --lora-rank 64", "rank 16, all layers": "--lr 1e-3 --lora-rank 16 --lora-all",
@@ -21,8 +20,8 @@ ARMS = {"rank 4": "--lr 1e-3 --lora-rank 4", "rank 16": "--lr 1e-3 --lora-rank 1
 
 
 def run(args):
-    init, data = (os.path.abspath(path) if os.path.exists(path) else path for path in (args.init, args.data))
-    command = (f"-m extras.train_llama --init {shlex.quote(init)} --data {shlex.quote(data)} --steps {args.steps} "
+    init, data = (shlex.quote(whole(path)) for path in (args.init, args.data))
+    command = (f"-m extras.train_llama --init {init} --data {data} --steps {args.steps} "
                "--block-size 128 --batch-size 4 --grad-accum 1 --eval-every 20 --eval-windows 64 --dtype bfloat16 "
                "--warmup 20")
     compare({name: f"{command} {arm}" for name, arm in ARMS.items()}, args.seeds, args.out, args.at_once)
