@@ -6,7 +6,8 @@ A task gives pairs of sentences and a metric m, which is high where the model an
     corrupt  After Lucy and Mark came to the park, Jane passed the key to    the same m, about 0
 
 Direction: the model runs on the corrupted sentence, and clean outputs are patched in (denoising).
-Sign: a score above 0 moves m towards the clean run. All patches act at all positions. Gates are hard.
+Sign: a head score above 0 moves m towards the clean run, an edge score above 0 raises m. All patches act at all
+positions. Gates are hard.
 
     head score             (m(patched) - m(corrupt)) / (m(clean) - m(corrupt)), one head patched       (6)
     explained effect EE(k)  the same with the k heads that a ranking puts first, a ratio of means       (7)
@@ -20,7 +21,7 @@ corrupted run is taken through w only. (8) is in the metric's units: a first-ord
 measures. (7) restores k clean heads in a corrupted run. The paper's figures ask the other question,
 `metric_of_kept_heads`: k heads stay clean in a clean run, and all others write what they wrote in the corrupted one.
 
-Whatever runs the model below is a few lines around `forward`, the model's pass written out.
+Every function below that runs the model calls `forward`, the model's pass written out.
 Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
 many destinations.
 """
@@ -61,12 +62,12 @@ def edge_names(config):
 # ---- The pass, written out
 
 def live(attn, q, k, v):
-    """z (N,H,T,D) of a layer's heads, whose gates have the straight-through gradient."""
+    """z (N,H,T,D) of a layer's heads; gates, if there are any, have the straight-through gradient."""
     return attn.attend(q, k, v)[0]
 
 
 def frozen(attn, q, k, v):
-    """The same z, but no gradient goes through a gate."""
+    """The same z, but no gradient goes through a gate (it does through the softmax)."""
     p, gates = pattern(attn, q, k)
     return (gates * p) @ v
 
@@ -83,41 +84,38 @@ def pattern(attn, q, k):
 def forward(model, tokens, read=None, write=None, attend=live):
     """Logits (N,T,V) of a run with hard gates that can be looked into and changed on its way.
 
-    read(d, x)     what destinations d read: the stream x (N,T,C) -> (N,n,T,C), a copy for each of the n
-    write(s, out)  what sources s write: of embedding and MLPs (N,T,C), of heads their z (N,H,T,D) -> the same shape
+    It stops before a node reads and after it has written; n is a slice of nodes(config), the heads of a layer together:
+    read(n, x)     what n read: the stream x (N,T,C) -> a copy for each of them, (N,len(n),T,C)
+    write(n, out)  what n write: embedding and MLPs (N,T,C), heads their z (N,H,T,D) -> what goes on, shaped like out
     attend(attn, q, k, v)    what the heads of a layer make of q, k and v: `live`, `frozen` or another
-    d and s are slices of nodes(config)[1:] and nodes(config)[:-1], so that s is one more than d for the same node: with
-    two heads, those of layer 0 are d = slice(0, 2) and s = slice(1, 3). The heads of a layer come together.
     """
     H = model.config.n_head
-    write = write or (lambda s, out: out)
+    write = write or (lambda n, out: out)
     x = write(slice(0, 1), model.embed(tokens.to(model.wte.weight.device)))          # (N,T,C)
     for l, block in enumerate(model.h):
-        first = l * (H + 1)
+        first = 1 + l * (H + 1)
         heads, mlp = slice(first, first + H), slice(first + H, first + H + 1)
         q, k, v = block.attn.heads(block.ln_1(read(heads, x) if read else x))        # (N,H,T,D)
-        z = attend(block.attn, q, k, v)
-        x = x + block.attn.project(write(slice(first + 1, first + H + 1), z))
-        y = block.mlp(block.ln_2(read(mlp, x)[:, 0] if read else x))                 # (N,T,C)
-        x = x + write(slice(first + H + 1, first + H + 2), y)
-    last = len(model.h) * (H + 1)
+        x = x + block.attn.project(write(heads, attend(block.attn, q, k, v)))
+        x = x + write(mlp, block.mlp(block.ln_2(read(mlp, x)[:, 0] if read else x)))
+    last = 1 + len(model.h) * (H + 1)
     return model.unembed(read(slice(last, last + 1), x)[:, 0] if read else x)
 
 
 def outputs(model, tokens, read=None, attend=live):
-    """Of a run: {s.start: what the sources s write, as `write` of forward gets it}, and the logits (N,T,V)."""
+    """Of a run: {n.start: what the sources n write, as `write` of forward gets it}, and the logits (N,T,V)."""
     found = {}
 
-    def write(s, out):
-        found[s.start] = out
+    def write(n, out):
+        found[n.start] = out
         return out
 
     return found, forward(model, tokens, read, write, attend)
 
 
-def copies(d, x):
-    """The plainest `read`: x (N,T,C) -> (N,n,T,C), the same for each of the n destinations d."""
-    return x[:, None].repeat(1, d.stop - d.start, 1, 1)
+def copies(n, x):
+    """The plainest `read`: x (N,T,C) -> (N,len(n),T,C), the same for each."""
+    return x[:, None].repeat(1, n.stop - n.start, 1, 1)
 
 
 def to_stream(model, start, out):
@@ -137,11 +135,11 @@ def differences(model, clean, corrupt):
 
 def run_with_heads(model, tokens, z, chosen):
     """Logits on tokens with the z of the chosen heads (1 or N, L, H) taken from `z`, the outputs of another run."""
-    def write(s, out):
-        layer = (s.start - 1) // (model.config.n_head + 1)
+    def write(n, out):
+        layer = (n.start - 1) // (model.config.n_head + 1)
         if out.ndim == 3 or not chosen[:, layer].any():
             return out
-        return torch.where(chosen[:, layer, :, None, None], z[s.start], out)         # (N,H,T,D)
+        return torch.where(chosen[:, layer, :, None, None], z[n.start], out)         # (N,H,T,D)
 
     return forward(model, tokens, write=write)
 
@@ -226,13 +224,13 @@ def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
     """
     written, destinations, inputs, attend = {}, [], [], live if gate_gradient else frozen
 
-    def write(s, out):
-        written[s.start] = out.detach()
-        return out if s.start else out.detach().requires_grad_()    # weights may be frozen: the graph begins here
+    def write(n, out):
+        written[n.start] = out.detach()
+        return out if n.start else out.detach().requires_grad_()    # weights may be frozen: the graph begins here
 
-    def read(d, x):    # a copy for each destination: its gradient is the one through that destination alone
-        destinations.append(d)
-        inputs.append(copies(d, x))                                                  # (N,n,T,C)
+    def read(n, x):    # a copy for each destination: its gradient is the one through that destination alone
+        destinations.append(n)
+        inputs.append(copies(n, x))                                                  # (N,len(n),T,C)
         return inputs[-1]
 
     with torch.enable_grad():
@@ -242,9 +240,9 @@ def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
     change = differences(model, clean_outputs, written)                              # (N,S,T,C)
     N, S = change.shape[:2]
     scores = change.new_zeros(N, S, S)
-    for d, grad in zip(destinations, grads):
-        known = slice(0, d.start + 1)    # the sources that come before
-        scores[:, known, d] = torch.einsum("nstc,ndtc->nsd", change[:, known], grad)
+    for n, grad in zip(destinations, grads):
+        found = torch.einsum("nstc,ndtc->nsd", change[:, :n.start], grad)            # of the sources before n
+        scores[:, :n.start, n.start - 1:n.stop - 1] = found
     return scores
 
 
@@ -259,14 +257,14 @@ def exact_edge_score(model, clean, corrupt, metric, source, destination):
     if (source, destination) not in edge_names(model.config):
         raise UserError(f"no edge from {source} to {destination} in this model\nedge_names(config) lists them")
     names = nodes(model.config)
-    s, d = names.index(source), names.index(destination) - 1
+    s, d = names.index(source), names.index(destination)
     corrupt_outputs, logits = outputs(model, corrupt, copies)
     change = differences(model, outputs(model, clean, copies)[0], corrupt_outputs)[:, s]    # (N,T,C)
 
-    def read(group, x):
-        x = copies(group, x)
-        if group.start <= d < group.stop:
-            x[:, d - group.start] += change
+    def read(n, x):
+        x = copies(n, x)
+        if n.start <= d < n.stop:
+            x[:, d - n.start] += change
         return x
 
     return metric(forward(model, corrupt, read)) - metric(logits)
@@ -297,21 +295,21 @@ def kept_circuit(model, edges, clean, corrupt, metric):
     """
     streams = {}
 
-    def keep(d, x):
-        streams[d.start] = x[:, None]
-        return copies(d, x)
+    def keep(n, x):
+        streams[n.start] = x[:, None]
+        return copies(n, x)
 
     before = outputs(model, corrupt, keep)[0]
-    N, S = len(corrupt), 1 + max(streams)
+    N, S = len(corrupt), max(streams)    # the logits come after all sources
     change = before[0].new_zeros(N, S, *before[0].shape[1:])                         # (N,S,T,C)
     edges = (edges.cpu() & edge_mask(model.config)).to(change).expand(N, -1, -1)
 
-    def read(d, _):
-        known = slice(0, d.start + 1)    # the sources that come before
-        return streams[d.start] + torch.einsum("nsd,nstc->ndtc", edges[:, known, d], change[:, known])
+    def read(n, _):
+        into = edges[:, :n.start, n.start - 1:n.stop - 1]                            # of the sources before n
+        return streams[n.start] + torch.einsum("nsd,nstc->ndtc", into, change[:, :n.start])
 
-    def write(s, out):
-        change[:, s] = to_stream(model, s.start, out - before[s.start])
+    def write(n, out):
+        change[:, n] = to_stream(model, n.start, out - before[n.start])
         return out
 
     return metric(forward(model, clean, read, write))
