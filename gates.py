@@ -9,7 +9,7 @@ pretrained checkpoint loads as it is. A closed gate is an exact zero: nothing fl
     y_i  = sum_j A_ij softmax_j(s_i) v_j      softmax over all allowed keys, not renormalised             (3)
 
 This file is the definition: plain, slow, with several T x T matrices in memory, and trusted by the tests. The model
-itself calls support/blockwise.py, which computes the same numbers and gradients in memory linear in T.
+itself calls support/blockwise.py: the same numbers and gradients for the same gates, in memory linear in T.
 Shapes: B batch, H heads, T positions, D head size.
 """
 import math
@@ -30,8 +30,7 @@ def sample_gates(g, sample, temperature=1.0):
     temperature), where the noise n = logit(u), u ~ U(0, 1), is 0 without sampling. P(g + n > 0) = sigmoid(g): the
     Bernoulli draw of (2).
 
-    Like dropout, the draw takes torch's global generator. In the training loops nothing else does, so
-    `torch.manual_seed` just before a step is the seed of its gates.
+    Like dropout, the draw takes torch's global generator.
     """
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     if sample:
@@ -49,7 +48,7 @@ def sparse_attention(q, k, v, gate_bias, causal=True, sample=False, temperature=
     Returns
       y         (B,H,T,any)  attention output (3), in v's dtype
       expected  (B,H)        sum of sigmoid(g) over allowed edges / their number: what training penalises
-      active    (B,H)        share of allowed edges whose gate is open in this very pass: what is reported
+      active    (B,H)        share of allowed edges whose gate is open in this very pass; reported of evaluations
     Scores and gates are float32 or wider, also under autocast. Shapes that do not fit are a ValueError.
     """
     b = checked_bias(q, k, v, gate_bias)                                             # () or (H,1,1)

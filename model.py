@@ -92,9 +92,10 @@ class SelfAttention(nn.Module):
         return self.project(z), expected.mean(0), active.mean(0)     # (B,T,C), (H), (H)
 
     def score_weights(self):
-        """The weights that make the scores, as far as they are trained: views of the rows of q and k."""
+        """The weights that make the scores, as far as they are trained: views of the rows of q and k. Of an adapter
+        (extras/lora.py) its b: its a may serve the values too."""
         rows = 2 * self.config.n_embd
-        return [p[:rows] for p in self.c_attn.parameters() if p.requires_grad and len(p) >= rows]
+        return [p[:rows] for name, p in self.c_attn.named_parameters() if p.requires_grad and name != "a"]
 
 
 class MLP(nn.Module):
@@ -122,7 +123,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    Config, from_layout = GPTConfig, staticmethod(from_gpt2_layout)    # what another family replaces
+    Config = GPTConfig                              # these two another family replaces
+    from_layout = staticmethod(from_gpt2_layout)
 
     def __init__(self, config, generator=None):
         """A model with GPT-2's random initial weights, drawn from `generator` (default: torch's global one)."""
@@ -224,15 +226,13 @@ class GPT(nn.Module):
             hf, n_head = meta.get("config.json", {}), config_overrides.get("n_head")
             tensors, fields = cls.from_layout(tensors, hf, path, n_head)
         config = make_config(cls.Config, fields, config_overrides, path)
+        has_gates = any(name.endswith("gate_bias") for name in tensors)
         with torch.device("meta"):                                   # shapes only: no second copy in memory
-            model = cls(config)
-        thresholds = {name: torch.full((config.n_head,), float(config.gate_bias))
-                      for name in model.state_dict() if name.endswith("gate_bias")}
-        if not config.gated or "gate_bias" in config_overrides:      # else the checkpoint's stay, if it has any
-            tensors = {name: t for name, t in tensors.items() if not name.endswith("gate_bias")}
-        tensors = {name: t.float() for name, t in (thresholds | tensors).items()}
+            model = cls(dataclasses.replace(config, gated=has_gates))
+        tensors = {name: t.float() for name, t in tensors.items()}
         if "wpe.weight" in tensors:
             tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size].clone()
         fill(model, tensors, path)
+        model.set_gates(config.gated, config_overrides.get("gate_bias"))
         model.notes = {key: value for key, value in meta.items() if isinstance(value, str)}
         return model.eval()

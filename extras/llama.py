@@ -97,8 +97,9 @@ class LlamaAttention(SelfAttention):
         return rotate(q, f), rotate(k, f).repeat_interleave(share, 1), v.repeat_interleave(share, 1)
 
     def score_weights(self):
-        """What makes the scores, as far as it is trained: all of q's and k's projections."""
-        return [p for part in (self.q_proj, self.k_proj) for p in part.parameters() if p.requires_grad]
+        """What makes the scores, as far as it is trained: q's and k's projections, of an adapter its b."""
+        return [p for part in (self.q_proj, self.k_proj) for name, p in part.named_parameters()
+                if p.requires_grad and name != "a"]
 
 
 class SwiGLU(nn.Module):

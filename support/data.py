@@ -102,6 +102,9 @@ def load(source, encoding):
     cache = Path(torch.hub.get_dir(), "sparse-attention-data")
     if source.endswith(".bin"):
         tokens = read_tokens(source, encoding)
+        if tokens.max() >= encoding.n_vocab:
+            raise UserError(f"{source} holds token {tokens.max()}, outside the model's vocabulary of "
+                            f"{encoding.n_vocab}\npass data that was tokenised for this model")
         cuts = []
         for cut in (len(tokens) * (HELD_OUT - n) // HELD_OUT for n in (2, 1)):
             ends = np.flatnonzero(tokens[max(cut - 1, 0):-1] == encoding.eot_token)
@@ -200,10 +203,6 @@ def tokenise(documents, encoding, folder):
 def read_tokens(path, encoding):
     """A file of tokens, mapped into memory: uint16, or uint32 for a vocabulary that needs it."""
     try:
-        tokens = np.memmap(path, token_type(encoding), "r")
+        return np.memmap(path, token_type(encoding), "r")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tokens in {path}: {error}\ndelete it, or pass another --data") from error
-    if tokens.max() >= encoding.n_vocab:
-        raise UserError(f"{path} holds token {tokens.max()}, outside the model's vocabulary of {encoding.n_vocab}\n"
-                        "pass data that was tokenised for this model")
-    return tokens

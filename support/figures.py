@@ -143,7 +143,8 @@ def draw_curve(rows, lines, tau, path):
     ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training")
     ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8),
                 ha="right")
-    for (name, ce, active), marker in zip(lines, ("s", "D", "*")):
+    for name, ce, active in lines:
+        marker = {"untouched": "s", "dense control": "D", "sparse": "*"}[name]
         ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none", label=f"{name}: {ce:.3f}")
     ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}")
     ax.margins(y=0.12)    # room for the note at the top

@@ -91,14 +91,14 @@ def test_a_small_adapter_is_not_lost_in_bfloat16():
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_a_llama_with_adapters(tmp_path, everything):
-    """Its q and k get one each, and these are what makes its scores. Its head gets none."""
+    """Its q and k get one each, whose b is what moves its scores. Its head gets none."""
     config = LlamaConfig(12, 31, 2, 6, 24, gated=True, n_kv_head=2, n_hidden=40, tied=False)
     model = add_adapters(Llama(config), 4, everything)
     adapted = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(".a")}
     more = {"v_proj", "c_proj", "gate_proj", "up_proj", "down_proj"} if everything else set()
     assert adapted == {"q_proj", "k_proj"} | more
     attn = model.h[0].attn
-    expected = [attn.q_proj.a, attn.q_proj.b, attn.k_proj.a, attn.k_proj.b]
+    expected = [attn.q_proj.b, attn.k_proj.b]
     assert [id(p) for p in attn.score_weights()] == [id(p) for p in expected]
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -7,18 +7,18 @@ from support.log import read_run, share_at
 
 
 def compare(arms, seeds, out, at_once):
-    """Run every {name: command without --seed and --out} with seeds 0, 1, ..., on one thread each. Print a row for each
-    arm, means and ranges over its seeds: CE and edges at the end, and least edges at one CE for all, the worst run's
-    last. (A better one may be reached early only, with lambda still high and most edges open.)"""
+    """Run every {name: command without --seed and --out} with each of the seeds, on one thread each. Print a row for
+    each arm, means and ranges over its seeds: CE and edges at the end, and least edges at one CE for all, the worst
+    run's last. (A better one may be reached early only, with lambda still high and most edges open.)"""
     make_folder(out)
-    lines = {(name, seed): f"{arms[name]} --seed {seed}" for name in arms for seed in range(seeds)}
+    lines = {(name, seed): f"{arms[name]} --seed {seed}" for name in arms for seed in seeds}
     folders = {run: folder_of(line, os.path.abspath(out)) for run, line in lines.items()}
     run_all(list(zip(lines.values(), folders.values())), at_once)
     rows = {run: read_run(folder)[2] for run, folder in folders.items()}
     reached = max(found[-1]["val_ce"] for found in rows.values())
     print(f"| | last CE, nats | edges then, % | least edges at CE {reached:.4f}, % |\n|---|---|---|---|")
     for name in arms:
-        found = [rows[name, seed] for seed in range(seeds)]
+        found = [rows[name, seed] for seed in seeds]
         cells = (mean_and_range([of_run[-1]["val_ce"] for of_run in found], ".4f"),
                  mean_and_range([of_run[-1]["active"] for of_run in found], ".2f", 100),
                  mean_and_range([share_at(of_run, reached) for of_run in found], ".2f", 100))

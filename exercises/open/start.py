@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--at-once", type=between(int, 1, 256), default=os.cpu_count() or 1,
                         help="runs at a time (default: one a core)")
     parser.add_argument("--out", default="runs/start", help="folder of the runs (default runs/start)")
-    run_command(parser, lambda args: compare(ARMS, args.seeds, args.out, args.at_once))
+    run_command(parser, lambda args: compare(ARMS, range(args.seeds), args.out, args.at_once))
 
 
 if __name__ == "__main__":
