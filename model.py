@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
 
     def score_weights(self):
         """The weights that make the scores, as far as they are trained: views of the rows of q and k. Of an adapter
-        (extras/lora.py) its b: its a may serve the values too."""
+        (extras/lora.py) only b (rows,rank): a has no rows of q and k, and may make the values too."""
         rows = 2 * self.config.n_embd
         return [p[:rows] for name, p in self.c_attn.named_parameters() if p.requires_grad and name != "a"]
 

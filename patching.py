@@ -84,9 +84,9 @@ def pattern(attn, q, k):
 def forward(model, tokens, read=None, write=None, attend=live):
     """Logits (N,T,V) of a run with hard gates that can be looked into and changed on its way.
 
-    It stops before a node reads and after it has written; n is a slice of nodes(config), the heads of a layer together:
-    read(n, x)     what n read: the stream x (N,T,C) -> a copy for each of them, (N,len(n),T,C)
-    write(n, out)  what n write: embedding and MLPs (N,T,C), heads their z (N,H,T,D) -> what goes on, shaped like out
+    n is a slice of nodes(config), the heads of a layer together; read is called before they read, write afterwards:
+    read(n, x)     the stream x (N,T,C) -> a copy for each of the n.stop - n.start nodes, (N,n,T,C)
+    write(n, out)  what they wrote, embedding and MLPs (N,T,C), heads their z (N,H,T,D) -> what goes on, shaped like out
     attend(attn, q, k, v)    what the heads of a layer make of q, k and v: `live`, `frozen` or another
     """
     H = model.config.n_head
@@ -114,7 +114,7 @@ def outputs(model, tokens, read=None, attend=live):
 
 
 def copies(n, x):
-    """The plainest `read`: x (N,T,C) -> (N,len(n),T,C), the same for each."""
+    """The plainest `read`: x (N,T,C) -> (N,n,T,C), the same for each."""
     return x[:, None].repeat(1, n.stop - n.start, 1, 1)
 
 
@@ -230,7 +230,7 @@ def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
 
     def read(n, x):    # a copy for each destination: its gradient is the one through that destination alone
         destinations.append(n)
-        inputs.append(copies(n, x))                                                  # (N,len(n),T,C)
+        inputs.append(copies(n, x))                                                  # (N,n,T,C)
         return inputs[-1]
 
     with torch.enable_grad():

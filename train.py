@@ -11,7 +11,6 @@ line per evaluation), last.pt (weights and the state of the training), best.pt (
 validation loss met tau), summary.json and three pictures; with --init scratch also dense/, log.csv and last.pt of the
 dense training. Losses are cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes
 from sampled gates on the training text; lambda looks at the model that is kept, averaged weights and hard gates, on
-
 text never trained on.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
@@ -251,7 +250,8 @@ def run(args, load, encoding_of, prepare):
         + ("dense control" if args.dense else f"tau {base['tau']:.4f}"))
     teacher = twin(model).eval().requires_grad_(False) if args.distill else None
     if args.distill == math.inf and base["tau"] <= base["ce"]:
-        say("note: who learns from the untouched model alone hardly gets below its CE: pass a larger --tau")
+        say("note: who learns from the untouched model alone hardly gets below its CE, so lambda will only rise: "
+            "a larger --tau, in another --out, lets edges go")
     if args.dense:
         model.set_gates(False)
         geco = None

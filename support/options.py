@@ -23,7 +23,7 @@ OPTIONS = (    # name, type (or choices), default, help
     ("out", str, None, "folder of the run; default: runs/ and the name of --init, -dense for a control"),
     ("resume", str, None, "go on with the run in this folder, with its own options"),
     ("report", str, None, "only draw and print the report of the run in this folder"),
-    ("control", str, None, "folder of a --dense run, for the report's table"),
+    ("control", str, None, "with --report: folder of a --dense run, for its table"),
     ("dense", bool, False, "the control: the same steps on the same data without gates"),
     ("steps", COUNT, 5000, "steps of sparse (or, with --dense, dense) training"),
     ("batch-size", COUNT, 16, "sequences per forward pass and process"),
@@ -32,7 +32,8 @@ OPTIONS = (    # name, type (or choices), default, help
     ("lr", RATE, 1e-4, "peak learning rate, after --warmup steps; then a cosine down to a tenth"),
     ("warmup", COUNT, 100, "steps until the peak"),
     ("weight-decay", between(float, 0.0, 10.0), 0.01, "of AdamW"),
-    ("score-lr", between(float, 0.0, 1000.0), 5.0, "rate of q and k in sparse training, in multiples of --lr"),
+    ("score-lr", between(float, 0.0, 1000.0), 5.0, "rate of q and k, or of their adapters' b, in sparse training, in "
+     "multiples of --lr"),
     ("gate-bias", between(float, 0.0, 100.0), None, "b, how far open gates start; default: 2, or the checkpoint's own"),
     ("gate-bias-lr", between(float, 0.0, 10.0), 0.1, "peak rate of the thresholds, one per head; 0: b stays as it is"),
     ("temperature", between(float, 0.01, 100.0), 1.0, "of the gates' straight-through gradient"),

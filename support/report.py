@@ -11,9 +11,10 @@ from support.options import OPTIONS
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
+# A control must agree with us in SHARED, and in every option that another loader adds: in none of OURS.
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
-          "weight_decay", "dtype")    # a control has these as we have them, and all options of another loader,
-OURS = {"processes", *(name.replace("-", "_") for name, *_ in OPTIONS)}    # those that are not these
+          "weight_decay", "dtype")
+OURS = {"processes", *(name.replace("-", "_") for name, *_ in OPTIONS)}
 
 
 def control_row(args, control, base):
@@ -34,7 +35,7 @@ def control_row(args, control, base):
 
 
 def report(out, control, load, encoding_of):
-    """Print the table of the run in `out`, draw its pictures, write summary.json, the last file: all is there.
+    """Print the table of the run in `out`, draw its pictures and, last, write summary.json: where it is, all is.
 
     control: None, or the folder of a --dense run. load, encoding_of: see train.main.
     """
@@ -42,6 +43,8 @@ def report(out, control, load, encoding_of):
     lines = [("untouched", base.ce, base.active)]
     facts = {"base_ce": base.ce, "steps": args.steps, "seed": args.seed}
     if args.dense:
+        if control:
+            raise UserError(f"{out} is itself a control\npass --report with the sparse run")
         last = rows[-1]
         print_table([*lines, ("dense control", last["val_ce"], last["active"])], base)
         write_json(os.path.join(out, "summary.json"), facts | {"control_ce": last["val_ce"], "step": last["step"]})

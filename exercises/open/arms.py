@@ -8,8 +8,8 @@ from support.log import read_run, share_at
 
 def compare(arms, seeds, out, at_once):
     """Run every {name: command without --seed and --out} with each of the seeds, on one thread each. Print a row for
-    each arm, means and ranges over its seeds: CE and edges at the end, and least edges at one CE for all, the worst
-    run's last. (A better one may be reached early only, with lambda still high and most edges open.)"""
+    each arm, means and ranges over its seeds: CE and edges at the end, and the least edges at one CE, the same for all
+    runs: the last CE of the worst. (A lower CE may have been reached only early, while most edges were open.)"""
     make_folder(out)
     lines = {(name, seed): f"{arms[name]} --seed {seed}" for name in arms for seed in seeds}
     folders = {run: folder_of(line, os.path.abspath(out)) for run, line in lines.items()}

@@ -4,10 +4,11 @@
 
 A Llama that was trained on the text before (a dense control of extras.train_llama) gets gates and trains for the same
 number of steps with adapters on q and k, of rank 4, 16 and 64, with adapters of rank 16 on every layer, and whole. It
-learns from the untouched model alone (--distill inf): so no arm buys edges with what it learns of the text. Adapters
-train at 1e-3 and whole models at 2e-4, usual rates for each; q and k at five times that, and one threshold per head is
-learned in all arms. So the first three differ in nothing but the rank. Compared at equal CE. Seeds begin at 1: the
-control's own, 0, would read its windows again.
+learns from the untouched model alone (--distill inf): so no arm buys edges with what it learns of the text. tau is the
+untouched CE, which such a student does not reach: lambda only rises, and edges are compared at equal CE. Adapters train
+at 1e-3 and whole models at 2e-4, usual rates for each; q and k (of adapters, b) at five times that, and one threshold
+per head is learned in all arms. So the first three differ in nothing but the rank. Seeds begin at 1: the control's own,
+0, would read its windows again.
 """
 import argparse
 import shlex
