@@ -62,7 +62,7 @@ def edge_names(config):
 # ---- The pass, written out
 
 def live(attn, q, k, v):
-    """z (N,H,T,D) of a layer's heads; gates, if there are any, have the straight-through gradient."""
+    """z (N,H,T,D) of a layer's heads, as the model has it."""
     return attn.attend(q, k, v)[0]
 
 
@@ -215,34 +215,36 @@ def heads_needed(curve, share=SHARE):
 # ---- Edges
 
 @torch.no_grad()
-def edge_scores(model, clean, corrupt, metric, gate_gradient=False):
+def edge_scores(model, clean, corrupt, metric, points=1):
     """(N,S,S) s(source, destination) by attribution (8), in the metric's units; pairs that are no edge hold 0.
 
-    gate_gradient: let the straight-through gradient through the gates. A hard gate itself has none, so that an edge
-    which acts by opening or shutting one scores 0 by default. Summed over destinations, a row is the attribution of
-    the source node. Costs two runs and a backward pass.
+    points: over so many runs the gradient is averaged, whose embedding goes in equal steps from the corrupted one's
+    towards the clean one's (integrated gradients: EAP-IG, Hanna et al. 2024, arXiv 2403.17806). The first is the
+    corrupted run, so 1 is attribution patching. A hard gate has no gradient: with 1 point an edge whose effect runs
+    through a gate that is shut there scores 0. On the way the gate opens, and the edge gets some of its due. Summed
+    over destinations, a row is the attribution of the source node. Costs 2 + points runs and as many backward passes.
     """
-    written, destinations, inputs, attend = {}, [], [], live if gate_gradient else frozen
-
-    def write(n, out):
-        written[n.start] = out.detach()
-        return out if n.start else out.detach().requires_grad_()    # weights may be frozen: the graph begins here
-
-    def read(n, x):    # a copy for each destination: its gradient is the one through that destination alone
-        destinations.append(n)
-        inputs.append(copies(n, x))                                                  # (N,n,T,C)
-        return inputs[-1]
-
-    with torch.enable_grad():
-        m = metric(forward(model, corrupt, read, write, attend)).sum()
-    grads = torch.autograd.grad(m, inputs, materialize_grads=True)
-    clean_outputs = outputs(model, clean, copies, attend)[0]    # rounded like the other run: equal sentences give 0
-    change = differences(model, clean_outputs, written)                              # (N,S,T,C)
+    attend = frozen if model.config.gated else live
+    before, after = (outputs(model, tokens, copies, attend)[0] for tokens in (corrupt, clean))
+    change = differences(model, after, before)                                       # (N,S,T,C)
     N, S = change.shape[:2]
     scores = change.new_zeros(N, S, S)
-    for n, grad in zip(destinations, grads):
-        found = torch.einsum("nstc,ndtc->nsd", change[:, :n.start], grad)            # of the sources before n
-        scores[:, :n.start, n.start - 1:n.stop - 1] = found
+    for point in range(points):
+        destinations, inputs = [], []
+
+        def write(n, out):    # the graph begins at the embedding: weights may be frozen
+            return out if n.start else (out.detach() + point / points * change[:, 0]).requires_grad_()
+
+        def read(n, x):    # a copy for each destination: its gradient is the one through that destination alone
+            destinations.append(n)
+            inputs.append(copies(n, x))                                              # (N,n,T,C)
+            return inputs[-1]
+
+        with torch.enable_grad():
+            m = metric(forward(model, corrupt, read, write, attend)).sum()
+        for n, grad in zip(destinations, torch.autograd.grad(m, inputs, materialize_grads=True)):
+            found = torch.einsum("nstc,ndtc->nsd", change[:, :n.start], grad)        # of the sources before n
+            scores[:, :n.start, n.start - 1:n.stop - 1] += found / points
     return scores
 
 

@@ -67,11 +67,11 @@ def plain_metrics(model, clean, corrupt, metric):
     return torch.stack([metric(P.forward(model, tokens)) for tokens in (clean, corrupt)], 1)
 
 
-def measure(model, pairs, m_clean, m_corrupt, seed):
+def measure(model, pairs, m_clean, m_corrupt, points, seed):
     """All that is shown of one model, on pairs that have an effect, as {what: number, list or tensor}.
-    m_clean, m_corrupt (N): the metric of the plain runs."""
+    m_clean, m_corrupt (N): the metric of the plain runs; points: of edge_scores."""
     heads = batched(P.head_scores, model, pairs)                                      # (N,L,H)
-    edges = batched(P.edge_scores, model, pairs)                                      # (N,S,S)
+    edges = batched(P.edge_scores, model, pairs, points=points)                       # (N,S,S)
     changes = heads * (m_clean - m_corrupt)[:, None, None]                            # (N,L,H) m(patched) - m(corrupt)
     counts = head_counts(heads[0].numel())
     found = {"head scores": heads.mean(0), "edge scores": edges.mean(0), "numbers of heads": counts}
@@ -101,7 +101,8 @@ def measure(model, pairs, m_clean, m_corrupt, seed):
                   f"from head to head, {kind}": between_heads, f"kept circuit, {kind}": by_number,
                   f"effect of these edges alone, {kind}": by_number.get(needed),
                   f"edges that alone have {P.SHARE:.0%} of the effect, {kind}": enough}
-    return found | agreement(model, pairs, changes, edges, seed)
+    one = edges if points == 1 else batched(P.edge_scores, model, pairs)
+    return found | agreement(model, pairs, changes, {1: one, points: edges}, seed)
 
 
 def head_counts(most):
@@ -132,17 +133,15 @@ def kept_circuits(effect_alone, most, needed):
 
 def agreement(model, pairs, changes, edges, seed):
     """Attribution against truth: rank correlations over all (pair, head) and all (pair, sampled edge).
-    changes (N,L,H): m(patched) - m(corrupt) of heads; edges (N,S,S): edge_scores."""
-    names, found, by_gate = P.edge_names(model.config), {}, {"off": edges}
+    changes (N,L,H): m(patched) - m(corrupt) of heads; edges {points: edge_scores (N,S,S)}."""
+    names, found = P.edge_names(model.config), {}
     sample = np.random.default_rng(seed).permutation(len(names))[:EDGE_SAMPLE]
     exact = torch.stack([batched(P.exact_edge_score, model, pairs, source=names[i][0], destination=names[i][1])
                          for i in tqdm(sample, desc="edges", leave=False)], 1)        # (N,EDGE_SAMPLE)
-    if model.config.gated:
-        by_gate["on"] = batched(P.edge_scores, model, pairs, gate_gradient=True)
-    for gate, scores in by_gate.items():
+    for points, scores in edges.items():
         of_heads = scores[:, 1:].sum(-1).unflatten(1, (model.config.n_layer, -1))[..., :-1]    # (N,L,H)
         of_sample = scores[:, P.edge_mask(model.config)][:, sample]                   # (N,EDGE_SAMPLE)
-        key = f"rank correlation with patching, gate gradient {gate}"
+        key = f"rank correlation with patching, gradient at {points} point{'s' * (points > 1)}"
         found |= {f"{key}, heads": spearman(of_heads.flatten(), changes.flatten()),
                   f"{key}, edges": spearman(of_sample.flatten(), exact.flatten())}
     return found
@@ -199,7 +198,7 @@ def compare(args):
         mean, right = m.mean(1).tolist(), (m > 0).double().mean(1).tolist()
         found[name] = {"metric, clean": mean[0], "metric, corrupted": mean[1], "accuracy, clean": right[0],
                        "accuracy, corrupted": right[1], "pairs skipped": few,
-                       **measure(models[name], select(*pairs, both), *m[:, both], args.seed)}
+                       **measure(models[name], select(*pairs, both), *m[:, both], args.points, args.seed)}
         notes.append(f"{name}: {getattr(args, name)}, {gates_of(models[name])}; {few} pairs skipped, where "
                      f"m(clean) - m(corrupt) < {USABLE}")
         if right[0] < FAILS:
@@ -229,6 +228,8 @@ def main():
     model_options(parser)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100, help="of sentences (default 100)")
+    parser.add_argument("--points", type=between(int, 1, 1000), default=10,
+                        help="at which an edge's gradient is taken; 1: attribution patching (default 10)")
     parser.add_argument("--corruption", choices=("abc", "swap"),
                         help="of ioi: three fresh names (default), or the second subject swapped")
     parser.add_argument("--template", choices=("ours", "paper"),

@@ -107,7 +107,7 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
         assert f["metric, clean"] == pytest.approx(m[name][0].mean().item(), rel=1e-4)
         assert f["accuracy, clean"] == pytest.approx(accuracy)
         assert f["pairs skipped"] == (m[name][0] - m[name][1] < circuits.USABLE).sum()
-        heads, edges = P.head_scores(model, *part), P.edge_scores(model, *part)
+        heads, edges = P.head_scores(model, *part), P.edge_scores(model, *part, 10)
         np.testing.assert_allclose(f["head scores"], heads.mean(0), atol=1e-3)
         np.testing.assert_allclose(f["edge scores"], edges.mean(0), atol=1e-3)
         assert f["edges, per sentence"] == P.heads_needed(P.cumulative(edges).mean(0))
@@ -137,10 +137,10 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
             assert f[f"effect of these edges alone, {kind}"] == kept[str(f[f"edges, {kind}"])]
         everywhere = [P.exact_edge_score(model, *part, *edge) for edge in P.edge_names(model.config)]    # fewer than 30
         mask = P.edge_mask(model.config)
-        for gate in ("off", "on") if model.config.gated else ("off",):
-            s = P.edge_scores(model, *part, gate_gradient=gate == "on")
+        for points in (1, 10):
+            s = P.edge_scores(model, *part, points)
             of_heads = torch.stack([s[:, node].sum(-1) for node in (1, 2, 4, 5)], 1)    # after embed; 3 is m0
-            key = f"rank correlation with patching, gate gradient {gate}, "
+            key = f"rank correlation with patching, gradient at {points} point{'s' if points > 1 else ''}, "
             assert f[key + "edges"] == pytest.approx(circuits.spearman(
                 s[:, mask].flatten(), torch.stack(everywhere, 1).flatten()), abs=0.01)
             assert f[key + "heads"] == pytest.approx(circuits.spearman(

@@ -1,7 +1,7 @@
 """patching.py against a GPT written out node by node, finite differences and counts."""
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 
 import numpy as np
@@ -36,7 +36,7 @@ def some_pairs(N=3, T=6):
     return clean, corrupt, lambda logits: torch.tanh(logits[:, -1] @ weights) + logits[:, 2, 3]
 
 
-def by_hand(model, tokens, read=lambda node, x: x, write=lambda node, y: y, gate_gradient=False):
+def by_hand(model, tokens, read=lambda node, x: x, write=lambda node, y: y):
     """GPT one node at a time. read(node, stream): what it reads, for heads once each for a0.h0.q, .k and .v;
     write(node, output): what the others get of it. Returns the logits and every node's own output."""
     config, T, out = model.config, tokens.shape[1], {}
@@ -57,9 +57,7 @@ def by_hand(model, tokens, read=lambda node, x: x, write=lambda node, y: y, gate
             future = torch.ones(T, T).triu(1) > 0 if config.causal else torch.zeros(T, T) > 0
             pattern = s.masked_fill(future, -math.inf).softmax(-1)
             if config.gated:
-                g = s + block.attn.gate_bias[h]
-                soft = torch.sigmoid(g)
-                pattern = pattern * ((g > 0) + gate_gradient * (soft - soft.detach()))
+                pattern = pattern * (s + block.attn.gate_bias[h] > 0)
             written = written + emit(f"a{l}.h{h}", pattern @ v @ block.attn.c_proj.weight[:, h * D:(h + 1) * D].T)
         stream = stream + written + block.attn.c_proj.bias
         stream = stream + emit(f"m{l}", block.mlp(block.ln_2(read(f"m{l}", stream))))
@@ -165,21 +163,28 @@ def test_heads_needed():
 # ---- Edges
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("b, gate_gradient", [(None, False), (ONE, False), (ONE, True), (EACH, False), (EACH, True)])
-def test_edge_scores_are_merged_q_k_and_v_and_add_up_to_node_scores(b, gate_gradient, causal):
+@pytest.mark.parametrize("b, points", [(None, 1), (ONE, 1), (ONE, 3), (EACH, 1), (EACH, 3)])
+def test_edge_scores_are_merged_q_k_and_v_and_add_up_to_node_scores(b, points, causal):
+    """With 3 points: a mean over embeddings that stand at none, one and two thirds of the way."""
     model, (clean, corrupt, metric) = tiny(b, causal=causal), some_pairs()
-    scores = P.edge_scores(model, clean, corrupt, metric, gate_gradient)
+    scores = P.edge_scores(model, clean, corrupt, metric, points)
     assert scores[:, ~P.edge_mask(model.config)].eq(0).all()
-    difference, reads = outputs_apart(model, clean, corrupt), {}
+    difference, at_reads, at_nodes = outputs_apart(model, clean, corrupt), defaultdict(float), defaultdict(float)
+    for point in range(points):
+        reads, writes = {}, {}
 
-    def read(node, x):
-        reads[node] = x.view_as(x)
-        return reads[node]
+        def read(node, x):
+            reads[node] = x.view_as(x)
+            return reads[node]
 
-    logits, out = by_hand(model, corrupt, read, gate_gradient=gate_gradient)
-    m = metric(logits).sum()
-    at_reads = dict(zip(reads, torch.autograd.grad(m, list(reads.values()), retain_graph=True)))
-    at_nodes = dict(zip(out, torch.autograd.grad(m, list(out.values()))))
+        def write(node, y):
+            writes[node] = y + point / points * difference["embed"] if node == "embed" else y.view_as(y)
+            return writes[node]
+
+        m = metric(by_hand(model, corrupt, read, write)[0]).sum()
+        for found, at in ((reads, at_reads), (writes, at_nodes)):
+            for node, grad in zip(found, torch.autograd.grad(m, list(found.values()), retain_graph=True)):
+                at[node] += grad / points
     named = by_name(scores, model.config)
     for (s, d), ours in named.items():
         expected = sum((difference[s] * grad).sum((1, 2)) for node, grad in at_reads.items() if merged(node) == d)
@@ -187,8 +192,30 @@ def test_edge_scores_are_merged_q_k_and_v_and_add_up_to_node_scores(b, gate_grad
     for n, node in enumerate(P.nodes(model.config)[:-1]):
         torch.testing.assert_close(scores[:, n].sum(1), (difference[node] * at_nodes[node]).sum((1, 2)),
                                    atol=1e-9, rtol=0)
-    if b:    # the choice must matter
-        assert (P.edge_scores(model, clean, corrupt, metric, not gate_gradient) - scores).abs().max() > 1e-3
+    assert (P.edge_scores(model, clean, corrupt, metric, 4 - points) - scores).abs().max() > 1e-3    # it matters
+
+
+@torch.no_grad()
+def test_behind_a_gate_that_is_shut_an_edge_scores_only_on_the_way():
+    """One head whose gates follow the embedding: shut in the corrupted run, open in the clean one."""
+    model = GPT(GPTConfig(1, 3, 1, 1, 4, gated=True, gate_bias=-1.0)).double().eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.zero_()
+    model.h[0].ln_1, model.ln_f = torch.nn.Identity(), torch.nn.Identity()
+    model.wte.weight[1] = torch.tensor([0.0, 1, 0, 0])          # the corrupted token
+    model.wte.weight[2] = torch.tensor([3.0, 1, 0, 0])          # the clean one: score 9 / 2 > 1 = -b
+    model.h[0].attn.c_attn.weight[0, 0] = model.h[0].attn.c_attn.weight[4, 0] = 1     # q and k read the first entry
+    model.h[0].attn.c_attn.weight[8:] = torch.eye(4)            # v is the embedding
+    model.h[0].attn.c_proj.weight.copy_(torch.eye(4))
+    clean, corrupt, metric = torch.tensor([[2]]), torch.tensor([[1]]), lambda logits: logits[:, 0, 2]
+    pairs, names = (clean, corrupt, metric), P.nodes(model.config)
+    head = names.index("a0.h0") - 1
+    assert P.exact_edge_score(model, *pairs, "embed", "a0.h0").item() == 10    # (3, 1) . (3, 1)
+    # at 0, 1/4, 1/2, 3/4 of the way the score is 0, 0.28, 1.13, 2.53: the gate is open at two points of four, where
+    # the slope of the logit along the way is 3 * 3
+    assert P.edge_scores(model, *pairs)[0, 0, head] == 0
+    assert P.edge_scores(model, *pairs, 4)[0, 0, head].item() == pytest.approx(4.5)
 
 
 @BOTH
@@ -241,7 +268,7 @@ def test_in_a_linear_model_attribution_is_patching():
             p.normal_(0, 0.3)
     clean, corrupt, _ = some_pairs()
     pairs = clean, corrupt, lambda logits: logits[:, -1] @ torch.arange(11.0, dtype=torch.float64)
-    scores = P.edge_scores(model, *pairs, gate_gradient=True)    # through the model's own `attend`
+    scores = P.edge_scores(model, *pairs)    # without gates: through the model's own `attend`
     for edge, score in by_name(scores, model.config).items():
         torch.testing.assert_close(score, P.exact_edge_score(model, *pairs, *edge), atol=1e-9, rtol=0)
     m_clean, m_corrupt = (pairs[2](model(tokens).logits) for tokens in pairs[:2])
@@ -272,7 +299,7 @@ def test_equal_sentences_have_scores_of_zero():
     assert P.head_scores(model, clean, clean, metric).eq(0).all()
     assert P.explained_effect(model, clean, clean, metric, torch.arange(
         model.config.n_layer * model.config.n_head)).eq(0).all()
-    assert P.edge_scores(model, clean, clean, metric, True).eq(0).all()
+    assert P.edge_scores(model, clean, clean, metric, 3).eq(0).all()
     assert P.exact_edge_score(model, clean, clean, metric, "embed", "m1").eq(0).all()
     assert P.cumulative(torch.zeros(2, 3, 3)).eq(0).all()
 
@@ -378,14 +405,14 @@ def test_frozen_weights_and_no_grad_change_no_score():
 
 def test_gates_are_hard_whatever_the_models_mode():
     model, pairs = tiny(ONE), some_pairs()
-    for function in (P.head_scores, P.edge_scores, partial(P.edge_scores, gate_gradient=True)):
+    for function in (P.head_scores, P.edge_scores, partial(P.edge_scores, points=3)):
         assert torch.equal(function(model.train(), *pairs), function(model.eval(), *pairs))
 
 
 def test_how_many_runs_it_costs(monkeypatch):
     model, pairs, runs, forward = tiny(), some_pairs(), [], P.forward
     monkeypatch.setattr(P, "forward", lambda *args, **options: (runs.append(1), forward(*args, **options))[1])
-    for function, cost in ((P.head_scores, 6 + 2), (P.edge_scores, 2)):
+    for function, cost in ((P.head_scores, 6 + 2), (P.edge_scores, 3), (partial(P.edge_scores, points=4), 6)):
         runs.clear()
         function(model, *pairs)
         assert len(runs) == cost
