@@ -8,7 +8,7 @@ Part two: where it fails. A head whose output opens a gate elsewhere has an effe
 Find the edges that attribution misses: `patching.edge_scores` gives the estimates, `patching.exact_edge_score` the
 truth, `patching.edge_names` the edges. With names = `patching.nodes(model.config)`, scores[n, s, d] is the edge from
 names[s] to names[d + 1]. Does the estimate miss edges that matter, or name edges that do not? Would more sentences
-help?
+help? Would gradients at ten points between the two sentences (`points=10` of edge_scores)? Why?
 """
 
 
