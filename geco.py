@@ -14,7 +14,7 @@ Loss below tau: lam shrinks and edges go. A training step, in both training loop
 
     geco.objective(edges, ce).backward()          # edges, ce: of sampled gates, differentiable
     optimizer.step()
-    row = geco.step(seen, expected)               # an update, each few steps. seen: the CE that the constraint looks at
+    used = geco.update(seen)                      # each few steps. seen: the CE that the constraint looks at
 
 Each loop chooses this CE. The paper's is that of the batch that trains, with sampled gates. Ours is that of the model
 that will be kept: averaged weights and hard gates; in train.py on text that is not trained on.
@@ -72,10 +72,6 @@ class Geco:
         self.log_lam = min(max(self.log_lam + self.rate * self.average, low), high)             # (5)
         self.steps += 1
         return used
-
-    def step(self, ce, expected):
-        """One update -> a row for the log. expected: edges of the training step."""
-        return {"lam": self.update(ce), "c_bar": self.average, "expected": expected}
 
     def state_dict(self):
         """Plain numbers, for a checkpoint."""

@@ -196,7 +196,7 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
         if geco:
             if step % every == 0:
                 seen = ce if watched is None else look(averaged, watched, step // every, place, args) - shift
-                log.last = geco.step(seen, expected)
+                log.last = {"lam": geco.update(seen), "c_bar": geco.average, "expected": expected}
             status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         bar.set_postfix_str(status, refresh=False)
         bar.update(tokens_per_step)

@@ -19,7 +19,8 @@ class Log:
         self.out, self.model, self.averaged, self.optimizer, self.geco = out, model, averaged, optimizer, geco
         self.step, self.rows = 0, []
         self.recent = []    # CE of the steps since the last row
-        self.last = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}    # of geco.step
+        # at lambda's last update:
+        self.last = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}
         if os.path.exists(self.path("last.pt")):
             weights, state = read_weights(self.path("last.pt"))
             averaged.load_state_dict(weights)

@@ -77,14 +77,6 @@ def test_update_returns_the_lambda_that_the_step_used():
     assert all(isinstance(lam, float) for lam in used)
 
 
-def test_a_step_is_an_update_and_what_a_log_says_of_it():
-    stepped, updated = (Geco(tau=1.0, lam=0.7, rate=0.3) for _ in range(2))
-    for ce, expected in ((2.0, 40.0), (0.5, 30.0)):
-        row = stepped.step(ce, expected)
-        assert row == {"lam": updated.update(ce), "c_bar": updated.average, "expected": expected}
-        assert stepped.state_dict() == updated.state_dict()
-
-
 def nearest_point(geco, steps):
     """Seek the point nearest to the origin within distance 1 of (3, 4): (2.4, 3.2), where the multiplier is 4.
     Returns the point and the multiplier after every step."""
