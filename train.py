@@ -160,9 +160,9 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     use averaged weights; at the end `model` gets them. Leaves (support/log.py) out/last.pt, out/log.csv and, as soon as
     an evaluation meets tau, out/best.pt.
     """
-    (train_tokens, val_tokens, constraint_tokens), steps = data, args.steps
+    train_tokens, val_tokens, constraint_tokens = data
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
-    T, every = model.config.block_size, look_every(args)
+    T, steps, every = model.config.block_size, args.steps, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     averaged = twin(model)
     log = Log(out, model, averaged, optimizer, geco)    # reads out/last.pt into them, if it is there

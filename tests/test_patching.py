@@ -412,7 +412,7 @@ def test_gates_are_hard_whatever_the_models_mode():
 def test_how_many_runs_it_costs(monkeypatch):
     model, pairs, runs, forward = tiny(), some_pairs(), [], P.forward
     monkeypatch.setattr(P, "forward", lambda *args, **options: (runs.append(1), forward(*args, **options))[1])
-    for function, cost in ((P.head_scores, 6 + 2), (P.edge_scores, 3), (partial(P.edge_scores, points=4), 6)):
+    for function, cost in ((P.head_scores, 6 + 2), (P.edge_scores, 2), (partial(P.edge_scores, points=4), 5)):
         runs.clear()
         function(model, *pairs)
         assert len(runs) == cost

@@ -285,6 +285,9 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             here(tiny, "--report", sparse, "--control", other)
         assert stopped.value.code == 2 and f"is no control of {sparse}: {message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        here(tiny, "--report", control, "--control", other)
+    assert "is itself a control" in capsys.readouterr().err
     ours = argparse.Namespace(**json.loads((sparse / "args.json").read_text()) | {"steps": 11})
     (other / "args.json").write_text(json.dumps(args | {"steps": 11}))
     with pytest.raises(UserError, match="stopped at step 10 of 11"):
@@ -303,6 +306,12 @@ def test_distillation_pulls_towards_the_teacher(tiny):
         idx = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(0))
         out[weight] = divergence(model(idx).logits, GPT.from_pretrained(tiny / "init.pt")(idx).logits).item()
     assert out["100"] < 0.3 * out["0"]
+
+
+@pytest.mark.parametrize("weight, tau, noted", [("inf", (), True), ("inf", ("--tau", "6"), False), ("1", (), False)])
+def test_a_tau_that_a_student_does_not_reach_is_noted(tiny, tmp_path, capsys, weight, tau, noted):
+    here(tiny, *options(tiny, tmp_path / "run", "--distill", weight, *tau, "--steps", "1"))
+    assert ("hardly gets below its CE" in capsys.readouterr().out) == noted
 
 
 def test_distillation_in_place_of_the_cross_entropy(tiny):

@@ -50,11 +50,11 @@ def kept_without_mlps(model, clean, corrupt, metric, order):
     """As P.metric_of_kept_heads, (N,L*H+1), but the MLPs too write what they wrote in the corrupted run."""
     theirs, rank, found = P.outputs(model, corrupt)[0], P.rank_of(order, model.config)[0], []
     for k in range(len(order) + 1):
-        def write(s, out):
-            if s.start == 0:
-                return out
-            kept = rank[(s.start - 1) // (model.config.n_head + 1), :, None, None] < k if out.ndim == 4 else False
-            return torch.where(torch.as_tensor(kept), out, theirs[s.start])
+        def write(n, out):
+            if out.ndim == 3:    # the embedding, or an MLP
+                return theirs[n.start] if n.start else out
+            kept = rank[(n.start - 1) // (model.config.n_head + 1), :, None, None] < k
+            return torch.where(kept, out, theirs[n.start])
         found.append(metric(P.forward(model, clean, write=write)))
     return torch.stack(found, 1)
 
