@@ -92,10 +92,9 @@ class SelfAttention(nn.Module):
         return self.project(z), expected.mean(0), active.mean(0)     # (B,T,C), (H), (H)
 
     def score_weights(self):
-        """The weights that make the scores, as far as they are trained: views of the rows of q and k. Of an adapter
-        (extras/lora.py) only b (rows,rank): a has no rows of q and k, and may make the values too."""
+        """The trained weights that make the scores: of each parameter that has rows of q and k, a view of these."""
         rows = 2 * self.config.n_embd
-        return [p[:rows] for name, p in self.c_attn.named_parameters() if p.requires_grad and name != "a"]
+        return [p[:rows] for p in self.c_attn.parameters() if p.requires_grad and len(p) >= rows]
 
 
 class MLP(nn.Module):
@@ -203,7 +202,7 @@ class GPT(nn.Module):
         for block in self.h:
             q, k, v = block.attn.heads(block.ln_1(x))                                # (B,H,T,D)
             maps.append(block.attn.weights(q, k))                                    # (B,H,T,T)
-            x = x + block.attn.project(block.attn.attend(q, k, v)[0])
+            x = x + block.attn.project(maps[-1] @ v)
             x = x + block.mlp(block.ln_2(x))
         return torch.stack(maps)
 

@@ -16,10 +16,11 @@ positions. Gates are hard.
 
 The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits as destinations w; q, k and v of a
 head read through one input. A head's output is its z, the mixture of values, times its rows of the output projection,
-whose bias belongs to no head. in_w is the residual stream as w reads it, before its LayerNorm; its gradient on the
-corrupted run is taken through w only. (8) is in the metric's units: a first-order estimate of what exact_edge_score
-measures. (7) restores k clean heads in a corrupted run. The paper's figures ask the other question,
-`metric_of_kept_heads`: k heads stay clean in a clean run, and all others write what they wrote in the corrupted one.
+whose bias belongs to no head. in_w is the residual stream as w reads it, before its LayerNorm. Its gradient on the
+corrupted run, or the mean of that over runs on the way to the clean one, is taken through w only. (8) is in the
+metric's units: a first-order estimate of what exact_edge_score measures. (7) restores k clean heads in a corrupted run.
+The paper's figures ask the other question, `metric_of_kept_heads`: k heads stay clean in a clean run, and all others
+write what they wrote in the corrupted one.
 
 Every function below that runs the model calls `forward`, the model's pass written out.
 Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
@@ -51,6 +52,11 @@ def edge_mask(config):
     n = d % (H + 1)                           #               0 1 2  0 1 2  0    its number in the layer
     last = torch.where(n < H, d - n, d)       #               0 0 2  3 3 5  6    the last source that d reads
     return torch.arange(S)[:, None] <= last
+
+
+def layer_of(n, config):
+    """The layer of a head or an MLP, by its number in nodes(config)."""
+    return (n - 1) // (config.n_head + 1)
 
 
 def edge_names(config):
@@ -122,7 +128,7 @@ def to_stream(model, start, out):
     """What `write` gets for the sources from `start` on -> (N,n,T,C), as it enters the stream."""
     if out.ndim == 3:
         return out[:, None]
-    weight = model.h[(start - 1) // (model.config.n_head + 1)].attn.c_proj.weight    # (C,H*D)
+    weight = model.h[layer_of(start, model.config)].attn.c_proj.weight               # (C,H*D)
     return torch.einsum("nhtd,chd->nhtc", out, weight.unflatten(1, (out.shape[1], -1)))
 
 
@@ -136,10 +142,9 @@ def differences(model, clean, corrupt):
 def run_with_heads(model, tokens, z, chosen):
     """Logits on tokens with the z of the chosen heads (1 or N, L, H) taken from `z`, the outputs of another run."""
     def write(n, out):
-        layer = (n.start - 1) // (model.config.n_head + 1)
-        if out.ndim == 3 or not chosen[:, layer].any():
+        if out.ndim == 3:    # embedding, MLP
             return out
-        return torch.where(chosen[:, layer, :, None, None], z[n.start], out)         # (N,H,T,D)
+        return torch.where(chosen[:, layer_of(n.start, model.config), :, None, None], z[n.start], out)    # (N,H,T,D)
 
     return forward(model, tokens, write=write)
 
@@ -171,13 +176,13 @@ def head_scores(model, clean, corrupt, metric):
 
 @torch.no_grad()
 def metric_of_first_heads(model, clean, corrupt, metric, order, counts=None):
-    """(N,K): the metric with the first k heads of `order` patched together, for the K values of counts, or for
-    k = 0 ... L*H. And m(clean) (N).
+    """(N,K): the metric on the corrupted run with the z of the first k heads of `order` restored, for the K values of
+    counts, or for k = 0 ... L*H.
 
     order: heads l*H + h, best first, one ranking (L*H) for all pairs or one a pair (N,L*H).
     """
     rank = rank_of(order, model.config)
-    return effects(model, clean, corrupt, metric, [rank < k for k in counts or range(order.shape[-1] + 1)])
+    return effects(model, clean, corrupt, metric, [rank < k for k in counts or range(order.shape[-1] + 1)])[0]
 
 
 @torch.no_grad()
@@ -196,7 +201,9 @@ def rank_of(order, config):
 def explained_effect(model, clean, corrupt, metric, order):
     """(L*H+1): EE(k) (7), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
     tokens at which m is read: embeddings are not patched."""
-    return share_of_effect(*metric_of_first_heads(model, clean, corrupt, metric, order))
+    with torch.no_grad():
+        m_clean = metric(forward(model, clean))
+    return share_of_effect(metric_of_first_heads(model, clean, corrupt, metric, order), m_clean)
 
 
 def share_of_effect(m, m_clean):
@@ -206,7 +213,7 @@ def share_of_effect(m, m_clean):
     return (m - m[0]) / (effect if effect else 1)
 
 
-def heads_needed(curve, share=SHARE):
+def first_reaching(curve, share=SHARE):
     """The first k with curve[k] >= share, or None. A curve of heads, or of edges, begins with curve[0] = 0."""
     reached = (torch.as_tensor(curve) >= share).nonzero()
     return int(reached[0]) if len(reached) else None
@@ -218,11 +225,12 @@ def heads_needed(curve, share=SHARE):
 def edge_scores(model, clean, corrupt, metric, points=1):
     """(N,S,S) s(source, destination) by attribution (8), in the metric's units; pairs that are no edge hold 0.
 
-    points: over so many runs the gradient is averaged, whose embedding goes in equal steps from the corrupted one's
-    towards the clean one's (integrated gradients: EAP-IG, Hanna et al. 2024, arXiv 2403.17806). The first is the
-    corrupted run, so 1 is attribution patching. A hard gate has no gradient: with 1 point an edge whose effect runs
-    through a gate that is shut there scores 0. On the way the gate opens, and the edge gets some of its due. Summed
-    over destinations, a row is the attribution of the source node. Costs 1 + points runs and `points` backward passes.
+    points: the gradient is the mean over so many runs. In run p = 0 ... points - 1 the embedding is the corrupted one
+    plus p / points of the way to the clean one, and all else follows (integrated gradients: EAP-IG, Hanna et al. 2024,
+    arXiv 2403.17806). Run 0 is the corrupted run, so 1 point is attribution patching. A hard gate has no gradient: with
+    1 point an edge whose effect runs through a gate that is shut there scores 0. On the way the gate opens, and the
+    edge gets some of its due. Summed over destinations, a row is the attribution of the source node. Costs 1 + points
+    runs and `points` backward passes.
     """
     attend = frozen if model.config.gated else live
     after = outputs(model, clean, copies, attend)[0]
@@ -291,7 +299,7 @@ def top_edges(scores, n, config):
 
 
 @torch.no_grad()
-def kept_circuit(model, edges, clean, corrupt, metric):
+def kept_circuit(model, clean, corrupt, metric, edges):
     """(N) the metric when only the chosen edges (S,S) or (N,S,S) carry the clean signal: is the circuit faithful?
 
     The embedding's output turns clean; every node reads the corrupted stream plus, over its chosen edges, what their

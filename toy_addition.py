@@ -90,8 +90,12 @@ def adamw(model, lr, decay, steps, end):
     others = [p for name, p in model.named_parameters() if not name.endswith("c_attn.weight")]
     groups = [{"params": attention, "weight_decay": decay}, {"params": others, "weight_decay": 0.01}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 100, (1 + end) / 2 + (1 - end) / 2 * math.cos(math.pi * step / steps)))
+
+    def share_of_peak(step):
+        cosine = (1 + end) / 2 + (1 - end) / 2 * math.cos(math.pi * step / steps)
+        return min((step + 1) / 100, cosine)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
 
 
 def descend(objective, ce, optimizer, schedule, where):
@@ -246,8 +250,9 @@ def run(args):
     sparse = copy.deepcopy(dense)
     sparse.set_gates(True, args.gate_bias)
     (a, b), frames = EXAMPLES["one carry"], []
-    history = train_sparse(sparse, *training, args.steps, toy_geco(args.tau, args.rate), args.seed, lambda model:
-                           frames.append(model.attention_maps(idx[100 * a + b][None])[:, 0]))       # (L,H,T,T)
+    shown = idx[100 * a + b][None]
+    history = train_sparse(sparse, *training, args.steps, toy_geco(args.tau, args.rate), args.seed,
+                           watch=lambda model: frames.append(model.attention_maps(shown)[:, 0]))    # (L,H,T,T)
 
     models, evaluations = {"dense": dense, "sparse": sparse}, [row for row in history if "hard_ce" in row]
     met = any(meets_constraint(row, args.tau) for row in evaluations)

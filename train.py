@@ -43,7 +43,7 @@ from support.report import report
 @torch.no_grad()
 def evaluate(model, tokens, place, args):
     """Hard gates, the same windows each time -> validation CE in nats per token, active share (L,H)."""
-    was_training, windows = model.training, spread(tokens, model.config.block_size, args.eval_windows)
+    windows = spread(tokens, model.config.block_size, args.eval_windows)
     model.eval()
     ce, active = 0.0, 0.0
     for idx, targets in zip(*(t.to(place.device).split(args.batch_size) for t in windows)):    # (B,T) each
@@ -51,7 +51,6 @@ def evaluate(model, tokens, place, args):
             out = model(idx, targets)
         ce += out.loss.item() * len(idx)
         active = active + out.active_edges.cpu().double() * len(idx)
-    model.train(was_training)
     return ce / len(windows[0]), active / len(windows[0])
 
 
@@ -137,8 +136,8 @@ def add_gates(model, tau, args):
     """Give the model the gates that args ask for -> the Geco that is to close them."""
     model.config.temperature = args.temperature
     model.set_gates(True, args.gate_bias)
-    for block in model.h if args.gate_bias_lr else ():
-        block.attn.gate_bias.requires_grad_()
+    for block in model.h:
+        block.attn.gate_bias.requires_grad_(args.gate_bias_lr > 0)
     every = look_every(args)    # the options are per step, Geco's rate and decay per update
     return Geco(tau, args.lam, args.rate * every, args.decay ** every, LAM_RANGE)
 
@@ -165,7 +164,8 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     T, steps, every = model.config.block_size, args.steps, look_every(args)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     averaged = twin(model)
-    log = Log(out, model, averaged, optimizer, geco)    # reads out/last.pt into them, if it is there
+    log = Log(out, model, averaged, optimizer, geco)
+    log.resume()
     if place.rank == 0:
         log.mend()
     forward = torch.compile(model) if args.compile else model
@@ -180,6 +180,8 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
         recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
         if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
             log.add(step * tokens_per_step, *evaluate(averaged, val_tokens, place, args))
+        if place.any(interrupted):
+            stop(log, place, args)
         if step == steps:
             break
         ce, expected, sampled = add_gradient(forward, train_tokens, T, step, place, args, geco, teacher)
@@ -196,12 +198,10 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
         if geco:
             if step % every == 0:
                 seen = ce if watched is None else look(averaged, watched, step // every, place, args) - shift
-                log.last = {"lam": geco.update(seen), "c_bar": geco.average, "expected": expected}
-            status += f", lam {log.last['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
+                log.at_update = {"lam": geco.update(seen), "c_bar": geco.average, "expected": expected}
+            status += f", lam {log.at_update['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         bar.set_postfix_str(status, refresh=False)
         bar.update(tokens_per_step)
-        if place.any(interrupted):
-            stop(log, place, args)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model.load_state_dict(averaged.state_dict())
@@ -210,6 +210,7 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
 def run(args, load, encoding_of, prepare):
     """From the options to the report. What args.out holds already is used, not made again: so a run resumes."""
     place = Place(args.device, args.dtype)
+    args.dtype = str(place.dtype).removeprefix("torch.")    # args.json has it: a resumed run computes in the same
     say = print if place.rank == 0 else lambda *_: None
     with place.rank_0_first():    # it downloads the model and makes the token files
         if args.init == "scratch":
@@ -226,16 +227,15 @@ def run(args, load, encoding_of, prepare):
     tokens_per_step = T * args.batch_size * args.grad_accum * place.size
     if min(len(tokens) for tokens in data) <= T:
         raise UserError(f"{args.data} has too few tokens for windows of {T}\npass more text, or a smaller --block-size")
-    write_json(os.path.join(args.out, "args.json"), vars(args))
+    if place.rank == 0:
+        write_json(os.path.join(args.out, "args.json"), vars(args))
     steps = args.steps + (args.dense_steps or 0)
     passes = steps * tokens_per_step / len(data[0])
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {edges:,} allowed edges per sequence of {T}\n"
-        f"{place.size} x {place.device}, {str(place.dtype).removeprefix('torch.')}, seed {args.seed}, "
+        f"{place.size} x {place.device}, {args.dtype}, seed {args.seed}, "
         f"output in {args.out}\n"
         f"{len(data[0]):,} training, {len(data[1]):,} validation and {len(data[2]):,} constraint tokens\n"
         f"{tokens_per_step:,} tokens per step, {steps:,} steps see every training token {passes:.1f} times")
-    if passes > 1:
-        say("note: a constraint that is met by memorising is not met: judge by the validation CE")
     if model.config.gated:
         how = "the control drops them" if args.dense else "training goes on from them"
         say(f"note: {args.init} has gates, {how}")
@@ -272,18 +272,20 @@ def untouched(model, data, place, args):
     """The content of base.json: the untouched model's validation CE and active share; tau, by default that CE; shift,
     its CE on the constraint's split less that CE; block_size and edges_per_token."""
     path, (_, val_tokens, constraint_tokens) = os.path.join(args.out, "base.json"), data
-    if not os.path.exists(path):
-        ce, active = evaluate(model, val_tokens, place, args)
-        constraint_ce, _ = evaluate(model, constraint_tokens, place, args)
-        ce, active, constraint_ce = place.mean(ce, active.mean().item(), constraint_ce)
-        if not math.isfinite(ce):
-            raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "
-                            "take another --init, or a lower --dense-lr, and another --out")
-        tau = None if args.dense else args.tau or ce
-        T = model.config.block_size
-        write_json(path, {"ce": ce, "active": active, "tau": tau, "shift": constraint_ce - ce, "block_size": T,
-                          "edges_per_token": allowed_edges(model.config) / T})
-    return read_json(path)
+    if os.path.exists(path):
+        return read_json(path)
+    ce, active = evaluate(model, val_tokens, place, args)
+    constraint_ce, _ = evaluate(model, constraint_tokens, place, args)
+    ce, active, constraint_ce = place.mean(ce, active.mean().item(), constraint_ce)
+    if not math.isfinite(ce):
+        raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "
+                        "take another --init, or a lower --dense-lr, and another --out")
+    T = model.config.block_size
+    base = {"ce": ce, "active": active, "tau": None if args.dense else args.tau or ce, "shift": constraint_ce - ce,
+            "block_size": T, "edges_per_token": allowed_edges(model.config) / T}
+    if place.rank == 0:    # the others looked for it before: in place.mean all wait for all
+        write_json(path, base)
+    return base
 
 
 def main(load=GPT.from_pretrained, encoding_of=encoding_of, options=(), prepare=lambda model, args: None):

@@ -67,7 +67,7 @@ def reference(name):
         "attention": dict(sparse_attention=gates.sparse_attention),
         "constraint": dict(Geco=geco.Geco),
         "patch_head": dict(patch_head=patch_head),
-        "effect": dict(curves=curves, needed=patching.heads_needed),
+        "effect": dict(curves=curves, needed=patching.first_reaching),
         "attribution": dict(head_attribution=head_attribution, missed_edges=missed_edges),
         "hard_gates": dict(hard=hard, expected=expected),
         "keep_or_restore": dict(restored=restored, kept=kept),

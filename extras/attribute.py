@@ -17,9 +17,10 @@ summed over i and j, for pairs of head and key over i. Three arms:
     cut      the control with its largest attention weights only: at each layer and query as many as the sparse model
              has open edges there: does training matter, or only the number? (Its transcoder is the control's.)
 
-The check is an intervention in the live model: some pairs of head and key are closed to all queries, and attention and
-MLPs follow. If the five that carry most matter, the log-probability of the token falls further than with five others
-that are in use. Compare this within an arm only: a closed gate is nothing new to the sparse model.
+The check is an intervention in the live model: some pairs of head and key are closed to all queries, and all that comes
+after is computed anew, MLPs too. If the five that carry most matter, the log-probability of the token falls further
+than with five others that are in use. Compare this within an arm only: a closed gate is nothing new to the sparse
+model.
 Shapes: L layers, H heads, T positions, E edges of a graph, S nodes, N prompts.
 """
 import argparse
@@ -35,6 +36,7 @@ from extras.figures import draw_carriers, draw_graphs
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
 from extras.transcoder import FREE, load_transcoder, mlp_sites
+from patching import cumulative, first_reaching
 from support.data import load as load_data, spread
 from support.files import UserError, between, make_folder, read_json, run_command, write_json
 from toy_addition import addition_data, split as split_sums
@@ -113,7 +115,8 @@ def carriers(frozen, graph):
 
 
 def parts(c, counts):
-    """{unit: ((E,n) what each carries of an edge, as a share, (1,n) the same of a prompt, edges by how they count)}."""
+    """{unit: (shares (E,n), shares (1,n))}: what part of each edge each unit carries, and the mean of these over the
+    edges, weighted by `counts`."""
     found = {}
     for unit, of in UNITS.items():
         share = of(c).flatten(1)
@@ -122,10 +125,10 @@ def parts(c, counts):
     return found
 
 
-def cumulative(share):
-    """(N,n) shares -> (n): held by the largest, by the two largest, ..., in the mean of the rows that hold any."""
+def mean_curve(share):
+    """(N,n) shares -> (n+1): held by none, by the largest, by the two largest, ...; mean of the rows that hold any."""
     share = share[share.any(1)]
-    return share.sort(1, descending=True).values.cumsum(1).sum(0) / max(len(share), 1)
+    return cumulative(share[:, None]).sum(0) / max(len(share), 1)
 
 
 @torch.no_grad()
@@ -134,8 +137,9 @@ def log_p(model, tokens, keep):
 
 
 def falls(model, tokens, target, keep, patterns, mass, rng):
-    """How far log p of the target falls without the pairs of head and key of largest mass (L,H,T), and without as many
-    others that are in use, in the mean of some draws. As many: ABLATED, or what there is of either. None if none."""
+    """By how much log p of the target falls when the pairs of head and key of largest mass (L,H,T) are closed; and the
+    mean of DRAWS random choices of as many other pairs in use. ABLATED pairs, fewer if there are fewer of either kind;
+    (None, None) if there are none."""
     order = mass.flatten().argsort(descending=True).tolist()
     used = (patterns.sum(2) > 0).flatten()                                           # (L*H*T) read by some query
     top = [n for n in order[:ABLATED] if mass.flatten()[n] > 0]
@@ -173,16 +177,16 @@ def measure(model, transcoder, tokens, target, keep, most, rng):
 # ---- What is shown
 
 def summary(found, numbers):
-    """Of one arm: means of the numbers over its prompts, and for each unit where the mean cumulative curve crosses."""
+    """Of one arm: the mean of each number over its prompts; for each unit the mean cumulative curve, and how many units
+    hold 80 and 90 %."""
     rows = {name: [n[name] for n in numbers if n[name] is not None] for name in numbers[0]}
     made = {name: float(np.mean(values)) if values else None for name, values in rows.items()}
     for unit in UNITS:
         for what, shares_of in zip(("an edge", "a prompt"), zip(*(f[unit] for f in found))):
-            curve = cumulative(torch.cat(shares_of))
+            curve = mean_curve(torch.cat(shares_of))
             made[f"curve: {unit} of {what}"] = curve.tolist()
             for share in (0.8, 0.9):
-                enough = int((curve < share).sum()) + 1 if curve.any() else None
-                made[f"{unit} for {share:.0%} of {what}"] = enough
+                made[f"{unit} for {share:.0%} of {what}"] = first_reaching(curve, share)
     return made
 
 
@@ -253,11 +257,11 @@ def compare(args):
         print_sums(found, prompts, config.n_layer, config.n_head)
     encoding = None if data == "addition" else encoding_of(models["dense"])
     labels = [repr(encoding.decode([t]))[1:-1] for t in prompts[0].tolist()] if encoding else PLACES
+    write_json(os.path.join(args.out, "attribution.json"), {"options": vars(args), **table})
     title = f"{args.prompts} prompts of {prompts.shape[1]} tokens, their {EDGES} strongest edges across positions"
     draw_carriers(table, UNITS, title, os.path.join(args.out, "carriers.png"))
     draw_graphs({arm: strongest(graphs[arm]) for arm in ("dense", "sparse")}, labels, config.n_layer,
                 "What the next token comes from: the edges that count most", os.path.join(args.out, "graph.png"))
-    write_json(os.path.join(args.out, "attribution.json"), {"options": vars(args), **table})
     print(f"\nattribution.json, carriers.png and graph.png are in {args.out}")
 
 

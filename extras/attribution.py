@@ -33,14 +33,15 @@ class Node(NamedTuple):
     kind: str        # embedding, position, feature, error or logit
     layer: int
     position: int
-    index: int       # of the token, the position, the feature; 0 of an error
+    index: int       # of the token, the position, the feature, the logit's token; 0 of an error
 
 
 class Graph(NamedTuple):
     nodes: list             # S of Node
-    edges: torch.Tensor     # (S,S) from row to column; only features and the logit have edges that end there
+    edges: torch.Tensor     # (S,S) from row to column; the columns of tokens, positions and errors are 0
     bias: torch.Tensor      # (S)
-    value: torch.Tensor     # (S) pre-activation of a feature, the logit; 0 of nodes that read nothing
+    value: torch.Tensor     # (S) pre-activation of a feature, the logit; 0, as edges and bias, of features that `most`
+                            # of `attribution_graph` leaves out
 
 
 class Frozen:
@@ -55,10 +56,9 @@ class Frozen:
             heads = [block.attn.heads(block.ln_1(x)) for block, x in zip(model.h, sites.before)]
             weights = torch.cat([block.attn.weights(q, k) for block, (q, k, _) in zip(model.h, heads)])
             self.patterns = weights if keep is None else keep * weights              # (L,H,T,T)
-            streams = [torch.stack(found)[:, 0] for found in (sites.before, sites.between)]      # (L,T,C) each
-            self.before, self.between = ([scale_of(getattr(block, name), x) for block, x in zip(model.h, xs)]
-                                         for name, xs in zip(("ln_1", "ln_2"), streams))
-            self.last = scale_of(model.ln_f, sites.last[0])
+            self.scale_1 = [scale_of(block.ln_1, x[0]) for block, x in zip(model.h, sites.before)]       # L of (T,1)
+            self.scale_2 = [scale_of(block.ln_2, x[0]) for block, x in zip(model.h, sites.between)]
+            self.scale_f = scale_of(model.ln_f, sites.last[0])
             features = [transcoder.encode(l, x[0]) for l, x in enumerate(sites.inputs)]          # (T,F) each
             errors = torch.stack(sites.outputs)[:, 0] - torch.stack(transcoder.decode(features))           # (L,T,C)
             positions = model.wpe.weight[:T] if hasattr(model, "wpe") else None
@@ -99,7 +99,7 @@ class Frozen:
     def heads(self, l, x, bias):
         """q, k and v of layer l, (N,H,T,D) each, from the stream x (...,T,C)."""
         block = self.model.h[l]
-        y = frozen_norm(block.ln_1, self.before[l], x, bias).reshape(-1, *x.shape[-2:])                    # (N,T,C)
+        y = frozen_norm(block.ln_1, self.scale_1[l], x, bias).reshape(-1, *x.shape[-2:])                    # (N,T,C)
         found = block.attn.heads(y)
         return found if bias else [t - zero for t, zero in zip(found, block.attn.heads(torch.zeros_like(y[:1])))]
 
@@ -117,10 +117,10 @@ class Frozen:
             before.append(x)
             added.append(self.attention(l, x, bias))
             x = x + added[-1]
-            reads.append(frozen_norm(block.ln_2, self.between[l], x, bias))
+            reads.append(frozen_norm(block.ln_2, self.scale_2[l], x, bias))
             x = x + written[l + 1]
         before.append(x)
-        return reads, frozen_norm(self.model.ln_f, self.last, x, bias), before, added
+        return reads, frozen_norm(self.model.ln_f, self.scale_f, x, bias), before, added
 
     def value(self, node, reads, last, bias):
         """What a feature or the logit makes of a run: its pre-activation."""
@@ -153,7 +153,7 @@ class Frozen:
 
     def split(self, source, target):
         """See attention_split."""
-        s, between = self.nodes.index(source), {}
+        s, found = self.nodes.index(source), {}
         with torch.enable_grad():
             written = self.written([s]).requires_grad_()
             reads, last, before, added = self.run(written, LINEAR)
@@ -166,13 +166,13 @@ class Frozen:
             sigma, gamma = before[m].detach(), behind[m]
             v = self.heads(m, sigma, LINEAR)[2][0]                                   # (H,T,D)
             g = (gamma @ self.model.h[m].attn.c_proj.weight).unflatten(1, (len(v), -1)).transpose(0, 1)    # (H,T,D)
-            between[m] = carried(self.patterns[m], v, g).detach(), ((gamma * sigma).sum() + later[m + 1:].sum()).item()
-        return between
+            found[m] = carried(self.patterns[m], v, g).detach(), ((gamma * sigma).sum() + later[m + 1:].sum()).item()
+        return found
 
 
 def carried(pattern, v, gradient):
-    """(20): (H,T,T), what each head carries from key j to query i, at [h,i,j]. pattern (H,T,T), v and gradient (H,T,D),
-    the latter of a number with respect to z = pattern @ v."""
+    """(20): (H,T,T), what each head carries from key j to query i, at [h,i,j]. pattern (H,T,T); v (H,T,D); gradient
+    (H,T,D) of a number by z = pattern @ v."""
     return pattern * torch.einsum("hid,hjd->hij", gradient, v)
 
 
@@ -243,9 +243,9 @@ def importance(edges):
 def prune(graph, node_share=0.8, edge_share=0.95):
     """The few nodes with node_share of all that counts for the logit, and among them the few edges with edge_share.
 
-    Returns (nodes (S) bool, edges (S,S) bool, replacement, completeness): the share of the logit's origins that are
-    tokens and positions, not errors nor features without edges of their own; and the share of all inputs, by how much
-    they count, that are not errors."""
+    Returns (nodes (S) bool, edges (S,S) bool, replacement, completeness). Replacement: how much of the logit comes from
+    tokens and positions, not from errors or from features without edges of their own. Completeness: the share of all
+    inputs, by how much they count, that are not errors."""
     share, weight = shares(graph.edges), influence(graph.edges)
     kinds = [node.kind for node in graph.nodes]
     error = torch.tensor([kind == "error" for kind in kinds])
@@ -255,7 +255,7 @@ def prune(graph, node_share=0.8, edge_share=0.95):
     nodes[-1] = True
     flow = share * weight * nodes[:, None] * nodes
     return (nodes, largest(flow.flatten(), edge_share).view_as(flow),
-            (weight[origin].sum() / weight[~fed].sum()).item(),
+            weight[origin].sum().item(),    # of 1, the logit's, which arrives as a whole
             ((1 - share[error].sum(0)) * weight)[fed].sum().item() / weight[fed].sum().item())
 
 

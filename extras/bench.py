@@ -2,10 +2,10 @@
 
     python -m extras.bench [--lengths 128 256 512 1024 2048 4096] [--plot runs/bench.png]
 
-Forward and backward, causal, gates sampled, 12 heads of size 64 as in GPT-2 small, 4,096 tokens a call at every
-length, bfloat16 on cuda and float32 on a CPU. The three take turns, so that whatever else the machine does falls on all
-of them; medians are shown. Memory is the peak above the inputs, and measured in a process of its own for each. Then one
-whole training step of GPT-2's shape (124 million random weights), dense beside sparse.
+Forward and backward, causal, gates sampled, 12 heads of size 64 as in GPT-2 small, as many sequences a call as make
+4,096 tokens, bfloat16 on cuda and float32 on a CPU. The three take turns, so that whatever else the machine does falls
+on all of them; medians are shown. Memory is the peak above the inputs, and measured in a process of its own for each.
+Then one whole training step of GPT-2's shape (124 million random weights), dense beside sparse.
 """
 import argparse
 import math
@@ -41,7 +41,7 @@ ATTENTIONS = {"plain": sparse_attention, "ours": blockwise_attention, "dense": d
 # ---- What is timed
 
 def inputs(T, device, tokens=TOKENS):
-    """q, k and v (B,H,T,D) with B T = tokens; bfloat16 on cuda, float32 on a CPU."""
+    """q, k and v (B,H,T,D), B T at most `tokens` but for one sequence; bfloat16 on cuda, float32 on a CPU."""
     shape, dtype = (max(1, tokens // T), HEADS, T, HEAD_SIZE), torch.bfloat16 if device == "cuda" else torch.float32
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
 
@@ -70,7 +70,7 @@ def training_step(gated, device):
 
 
 def patching_runs(device, pairs, length):
-    """patching.py's two workhorses, after the passes that they cannot do without, for a model of GPT-2's shape."""
+    """head_scores and edge_scores for a model of GPT-2's shape, after the plain passes that they are made of."""
     config = GPTConfig()
     model = GPT(config).to(device)
     clean, corrupt = torch.randint(config.vocab_size, (2, pairs, length), device=device)
@@ -129,10 +129,10 @@ def print_times(what, functions, device, repeats):
 
 
 def print_table(args, device):
-    rows, title = {}, f"{TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}"
+    rows, title = {}, f"at most {TOKENS} tokens a call, {HEADS} heads of size {HEAD_SIZE}"
     print(f"{title}, medians of {args.repeats}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for T in args.lengths:
-        tensors, names = inputs(T, device), [*ATTENTIONS][T > args.plain_up_to:]
+        tensors, names = inputs(T, device), [name for name in ATTENTIONS if name != "plain" or T <= args.plain_up_to]
         steps = {name: lambda name=name: step(ATTENTIONS[name], *tensors) for name in names}
         seconds = alternate(steps, device, args.repeats)
         found = {name: (seconds[name], in_own_process(name, T, device)) for name in names}
@@ -161,7 +161,7 @@ def run(args):
 def main():
     parser = argparse.ArgumentParser(usage="python -m extras.bench [options]", description=__doc__.partition("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--lengths", type=between(int, 1, 2**20), nargs="+", help="T",
+    parser.add_argument("--lengths", type=between(int, 1, TOKENS), nargs="+", help="T",
                         default=[128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--plain-up-to", type=between(int, 0, 2**20), default=2048,
                         help="longest T of the plain definition: at 4,096 it takes 10 GB")

@@ -3,8 +3,9 @@
     python -m extras.circuits --dense A --sparse B --task ioi [--pairs 100] [--out runs/patching-ioi]
 
 A and B: GPT-2 names, paths, or checkpoints of ours. Prints a table; writes heads.png, edges.png, circuit.png and
-scores.json. patching.py says what is measured. Metric and accuracy, the share of sentences with m > 0, are those of all
-pairs, the rest of the pairs that both models can use. Beside each attribution score stands true patching.
+scores.json. patching.py says what is measured. Metric and accuracy (the share of sentences with m > 0) are means over
+all pairs, every other row only over the pairs that both models can use. Attribution is ranked against true patching, of
+all heads and of EDGE_SAMPLE random edges.
 Shapes: N pairs, H heads, L layers, S sources and as many destinations.
 """
 import argparse
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import patching as P
-from extras.figures import draw_circuits, draw_effects
+from extras.figures import draw_circuits, draw_edges, draw_heads
 from extras.llama import load_model
 from extras.tasks import TASKS, make_pairs, select
 from support.files import UserError, between, make_folder, pick_device, run_command, write_json
@@ -80,21 +81,21 @@ def measure(model, pairs, m_clean, m_corrupt, points, seed):
         if kind == "global":    # a mean of changes: pairs of little effect count little
             by_head, by_edge = (scores.mean(0, keepdim=True).expand_as(scores) for scores in (changes, edges))
         order = by_head.flatten(1).argsort(descending=True)
-        m = batched(lambda *batch: P.metric_of_first_heads(*batch, counts)[0], model, pairs, order)
+        m = batched(P.metric_of_first_heads, model, pairs, order, counts=counts)
         explained = P.share_of_effect(m, m_clean)
         m = batched(P.metric_of_kept_heads, model, pairs, order, counts=counts)
         kept_heads = P.share_of_effect(m, m[:, -1])                                   # from no head kept to all
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
-        needed = P.heads_needed(shares)
+        needed = P.first_reaching(shares)
         nodes, between_heads = size(P.top_edges(by_edge, needed or 0, model.config), model.config)
 
         def effect_alone(n):    # of the n best edges, as far as they have a score at all
             chosen = P.top_edges(by_edge, n, model.config) & (by_edge != 0)
-            m = batched(lambda model, *batch: P.kept_circuit(model, batch[3], *batch[:3]), model, pairs, chosen)
+            m = batched(P.kept_circuit, model, pairs, chosen)
             return P.share_of_effect(torch.stack((m_corrupt, m), 1), m_clean)[1].item()
 
         by_number, enough = kept_circuits(effect_alone, len(shares) - 1, needed or 1)
-        restored, kept = (n if n is None else counts[n] for n in map(P.heads_needed, (explained, kept_heads)))
+        restored, kept = (n if n is None else counts[n] for n in map(P.first_reaching, (explained, kept_heads)))
         found |= {f"explained effect, {kind}": explained, f"heads restored, {kind}": restored,
                   f"effect of kept heads, {kind}": kept_heads, f"heads kept, {kind}": kept,
                   f"share of scores, {kind}": shares, f"edges, {kind}": needed, f"nodes of these edges, {kind}": nodes,
@@ -120,15 +121,23 @@ def size(edges, config):
 
 
 def kept_circuits(effect_alone, most, needed):
-    """{n: effect of the n best edges alone} on a curve from 1 to `most`, and the first n where it reaches SHARE."""
-    points = {round(n) for n in np.geomspace(1, most, 24)} | {needed}
-    kept = {n: effect_alone(n) for n in tqdm(sorted(points), desc="circuits", leave=False)}
-    enough = min((n for n in kept if kept[n] >= P.SHARE), default=0)
-    while (few := max((n for n in kept if n < enough), default=0)) < enough - 1:    # halve what lies between
-        n = (few + enough) // 2
+    """{n: effect of the n best edges alone} on a grid from 1 to `most`; and an n where it reaches SHARE and n - 1 does
+    not, or None. If the effect grows with n this n is the first. A crossing between two grid points may be missed."""
+    grid = {round(n) for n in np.geomspace(1, most, 24)} | {needed}
+    kept = {n: effect_alone(n) for n in tqdm(sorted(grid), desc="circuits", leave=False)}
+    reached = [n for n in kept if kept[n] >= P.SHARE]
+    if not reached:
+        return kept, None
+    enough = min(reached)
+    too_few = max((n for n in kept if n < enough), default=0)
+    while enough - too_few > 1:
+        n = (too_few + enough) // 2
         kept[n] = effect_alone(n)
-        enough = n if kept[n] >= P.SHARE else enough
-    return dict(sorted(kept.items())), enough or None
+        if kept[n] >= P.SHARE:
+            enough = n
+        else:
+            too_few = n
+    return dict(sorted(kept.items())), enough
 
 
 def agreement(model, pairs, changes, edges, seed):
@@ -167,13 +176,13 @@ def gates_of(model):
 
 
 def print_table(found):
-    print(f"\n{'':58}    dense   sparse   dense / sparse")
-    for what in dict.fromkeys([*found["dense"], *found["sparse"]]):    # a model without gates lacks some rows
-        values = [f.get(what) for f in found.values()]
+    print(f"\n{'':62}    dense   sparse   dense / sparse")
+    for what in found["dense"]:
+        values = [f[what] for f in found.values()]
         if any(isinstance(x, (int, float)) for x in values):
             text = "".join(f"{'--' if x is None else x if isinstance(x, int) else f'{x:.3f}':>9}" for x in values)
             ratio = what.startswith(("heads", "edges")) and all(values)
-            print(f"{what:58}{text}" + (f"{values[0] / values[1]:10.1f}x" if ratio else ""))
+            print(f"{what:62}{text}" + (f"{values[0] / values[1]:10.1f}x" if ratio else ""))
 
 
 def compare(args):
@@ -206,15 +215,15 @@ def compare(args):
     notes.append(f"measured on the {both.sum()} pairs that both models can use")
     print_table(found)
     print("\n".join(notes))
-    draw(found, config, f"{args.task}, {both.sum()} pairs, dense beside sparse", args.out)
     write_json(os.path.join(args.out, "scores.json"), indent=None, content={
         **vars(args), "notes": notes, "sources": P.nodes(config)[:-1], "destinations": P.nodes(config)[1:], **found})
+    draw(found, config, f"{args.task}, {both.sum()} pairs, dense beside sparse", args.out)
 
 
 def draw(found, config, title, out):
     """heads.png and edges.png, and in circuit.png the edges that hold SHARE of the mean |scores|."""
-    for of in ("heads", "edges"):
-        draw_effects(found, of, KINDS, P.SHARE, title, os.path.join(out, f"{of}.png"))
+    draw_heads(found, KINDS, P.SHARE, title, os.path.join(out, "heads.png"))
+    draw_edges(found, KINDS, P.SHARE, title, os.path.join(out, "edges.png"))
     scores = {name: f["edge scores"] * P.top_edges(f["edge scores"], f["edges, global"] or 0, config)
               for name, f in found.items()}                                                      # (S,S) each
     title = f"{title}: edges with {P.SHARE:.0%} of the mean |scores|; width by |score|, dashed below 0"

@@ -68,9 +68,9 @@ def compare(args):
     models = load_models(args)
     longest = min(args.longest, *(model.config.block_size for model in models.values()))
     tokens = load(args.data, encoding_of(models["dense"]))[1]
-    if len(tokens) <= longest:
-        raise UserError(f"{args.data} has too few validation tokens for a context of {longest}\n"
-                        "pass more text, or a smaller --longest")
+    if longest < 4 or len(tokens) < longest + 2:    # a copy needs two tokens twice, an error bar two places
+        raise UserError(f"a context of {longest} is below 4, or {args.data} has too few validation tokens for it\n"
+                        "pass more text, another --longest, or models that read more")
     make_folder(args.out)
     ends = np.unique(np.linspace(longest, len(tokens) - 1, args.windows).astype(int))    # the same for every length
     lengths = [2 ** n for n in range(longest.bit_length())]                   # 1, 2, 4, ... <= longest
@@ -87,7 +87,7 @@ def compare(args):
                 column[n] = mean_and_error(ce)
             print(f"{n:<10}" + "".join("{:10.3f} +- {:.3f}".format(*column[n]) for column in found[question].values()),
                   flush=True)
-    rows = questions["context"][lengths[-1]][0][:AT_ONCE // lengths[-1], 1:]    # the longest, as many as fit
+    rows = questions["context"][lengths[-1]][0][:max(1, AT_ONCE // lengths[-1]), 1:]    # the longest, as many as fit
     found["idle"] = [shares.tolist() for shares in idle_edges(models["sparse"], rows)]
     print(f"\n{'layer':10}{'open edges':>18}{f'of these, < {IDLE}':>18}    sparse, {len(rows)} rows of {rows.shape[1]}")
     for layer, (share, idle) in enumerate(zip(*found["idle"])):
@@ -102,7 +102,7 @@ def main():
                                      description="What do two models gain from tokens that are far back?")
     model_options(parser)
     parser.add_argument("--data", required=True, help="as --data of train.py; its validation split is read")
-    parser.add_argument("--longest", type=between(int, 2, 2**20), default=128,
+    parser.add_argument("--longest", type=between(int, 4, 2**20), default=128,
                         help="context that is shown at most (default 128)")
     parser.add_argument("--windows", type=between(int, 2, 10**6), default=1000, help="rows per length (default 1000)")
     parser.add_argument("--out", default="runs/distance", help="folder of the picture (default runs/distance)")

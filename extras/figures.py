@@ -25,31 +25,41 @@ def picture(path, title, rows, columns, size, **options):
     save(figure, path)
 
 
-def draw_effects(found, of, kinds, share, title, path):
-    """Figures 3 and 4a: what `measure` of extras/circuits.py found, over the number of heads or edges (of)."""
-    what = {"heads": "explained effect", "edges": "share of scores"}[of]
+def draw_heads(found, kinds, share, title, path):
+    """Figure 3: the effect of the first k heads, restored in a corrupted run, or (dotted) kept in a clean one. found:
+    what `measure` of extras/circuits.py makes, by model."""
     with picture(path, title, 1, 2, (11, 4.5), sharey=True) as axes:
         for ax, kind in zip(axes[0], kinds):
             for name, f in found.items():
-                few = f[f"{'heads restored' if of == 'heads' else of}, {kind}"]
-                label = f"{name}: {what}{', restored' if of == 'heads' else ''}, {share:.0%} at {few} {of}"
-                over = f["numbers of heads"] if of == "heads" else range(len(f[f"{what}, {kind}"]))
-                ax.plot(over, f[f"{what}, {kind}"], label=label, **STYLES[name])
-                if of == "heads":
-                    ax.plot(over, f[f"effect of kept heads, {kind}"], ":", color=STYLES[name]["color"], lw=1.2,
-                            label=f"{name}: the others corrupted, {share:.0%} at {f[f'heads kept, {kind}']} heads")
-                if of == "edges":
-                    ax.plot(*zip(*f[f"kept circuit, {kind}"].items()), ":o", color=STYLES[name]["color"], lw=0.8, ms=4,
-                            mfc="white", label=f"{name}: effect of these edges alone")
-            if of == "edges":
-                ax.set_xscale("log", nonpositive="mask")
-                ax.set_ylim(-0.3, 1.5)
-            else:
-                ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.axhline(share, color="0.6", lw=0.8)
-            ax.set(xlabel=f"number of {of}, best first", title=f"{kind} ranking")
-            ax.legend(fontsize=8)
-        axes[0, 0].set_ylabel("share of m(clean) - m(corrupt)" + (", or of all |scores|" if of == "edges" else ""))
+                counts = f["numbers of heads"]
+                ax.plot(counts, f[f"explained effect, {kind}"], **STYLES[name],
+                        label=f"{name}: restored, {share:.0%} at {f[f'heads restored, {kind}']}")
+                ax.plot(counts, f[f"effect of kept heads, {kind}"], ":", color=STYLES[name]["color"], lw=1.2,
+                        label=f"{name}: kept, {share:.0%} at {f[f'heads kept, {kind}']}")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            finish_effects(ax, share, "heads", kind)
+        axes[0, 0].set_ylabel("share of m(clean) - m(corrupt)")
+
+
+def draw_edges(found, kinds, share, title, path):
+    """Figure 4a: what the n best edges hold of all |scores|, and (dots) the effect that they have alone."""
+    with picture(path, title, 1, 2, (11, 4.5), sharey=True) as axes:
+        for ax, kind in zip(axes[0], kinds):
+            for name, f in found.items():
+                ax.plot(f[f"share of scores, {kind}"], **STYLES[name],
+                        label=f"{name}: share of scores, {share:.0%} at {f[f'edges, {kind}']}")
+                ax.plot(*zip(*f[f"kept circuit, {kind}"].items()), ":o", color=STYLES[name]["color"], lw=0.8, ms=4,
+                        mfc="white", label=f"{name}: effect of these edges alone")
+            ax.set_xscale("log", nonpositive="mask")
+            ax.set_ylim(-0.3, 1.5)
+            finish_effects(ax, share, "edges", kind)
+        axes[0, 0].set_ylabel("share of m(clean) - m(corrupt), or of all |scores|")
+
+
+def finish_effects(ax, share, of, kind):
+    ax.axhline(share, color="0.6", lw=0.8)
+    ax.set(xlabel=f"number of {of}, best first", title=f"{kind} ranking")
+    ax.legend(fontsize=8)
 
 
 def draw_circuits(circuits, L, H, total, title, path):
@@ -87,8 +97,8 @@ def draw_carriers(found, units, title, path):
         for row, what in zip(axes, ("an edge", "a prompt")):
             for ax, unit in zip(row, units):
                 for arm, style in (STYLES | {"cut": CUT}).items():
-                    share = [0, *found[arm][f"curve: {unit} of {what}"]]
-                    ax.plot(share, **style, label=f"{arm}: 80 % at {found[arm][f'{unit} for 80% of {what}']}")
+                    ax.plot(found[arm][f"curve: {unit} of {what}"], **style,
+                            label=f"{arm}: 80 % at {found[arm][f'{unit} for 80% of {what}']}")
                 ax.set_xscale("symlog", linthresh=1)
                 ax.axhline(0.8, color="0.6", lw=0.8)
                 ax.legend(fontsize=8, loc="lower right")
@@ -120,7 +130,8 @@ def draw_graphs(graphs, tokens, L, title, path):
                     ax.scatter(*zip(*of_kind), marker=mark, s=36, c="C1" if kind == "feature" else "C0", zorder=3,
                                label=kind)
             across = sum(source.position != target.position for source, target, _ in edges)
-            ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 1 else 0, fontsize=8)
+            plain = [token.replace("$", r"\$") for token in tokens]    # two of them would begin a formula
+            ax.set_xticks(range(len(plain)), plain, rotation=90 if max(map(len, tokens)) > 1 else 0, fontsize=8)
             ax.set_yticks(range(-1, L + 1), ["tokens", *range(L), "logit"])
             ax.set(title=f"{arm}: {across} of {len(edges)} edges cross positions", ylabel="layer",
                    xlim=(first - 0.6, len(tokens) - 0.4))
@@ -168,11 +179,12 @@ def draw_distance(found, path):
              "copy": ("a text that was shown d tokens before", "distance d (tokens)")}
     title = "What far tokens are worth, dense beside sparse; bars: standard error"
     with picture(path, title, 1, 2, (10, 4)) as axes:
-        for ax, (question, models) in zip(axes[0], found.items()):
+        for ax, (question, labels) in zip(axes[0], about.items()):
+            models = found[question]
             for name, style in STYLES.items():
                 ce, error = zip(*models[name].values())
                 ax.errorbar(list(models[name]), ce, error, label=name, capsize=2, marker="o", ms=4, **style)
-            lengths_axis(ax, models["dense"], *about[question])
+            lengths_axis(ax, models["dense"], *labels)
         axes[0, 0].set_ylabel("cross-entropy (nats per token)")
         axes[0, 0].legend()
 

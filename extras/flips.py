@@ -27,10 +27,10 @@ from support.files import UserError, between, run_command
 SHOWN = 5    # rows of the table
 
 
-def flipped(model, tokens, flip=None):
+def flipped(model, tokens, flip=None, write=None):
     """Logits of a run with hard gates, and of each layer z (N,H,T,D), p, gates (N,H,T,T) and v (N,H,T,D).
 
-    flip: an edge (layer, head, i, j), whose gate is turned over in every sentence.
+    flip: an edge (layer, head, i, j), whose gate is turned over in every sentence. write: of patching.forward.
     """
     layers = []
 
@@ -41,14 +41,18 @@ def flipped(model, tokens, flip=None):
         layers.append(((gates * p) @ v, p, gates, v))
         return layers[-1][0]
 
-    return forward(model, tokens, attend=attend), layers
+    return forward(model, tokens, write=write, attend=attend), layers
 
 
 def flip_scores(model, tokens, metric):
     """(21) for every edge, in the units of metric(logits) -> (N), 0 for those that the causal mask hides; and which are
     open: (N,L,H,T,T) each."""
-    logits, layers = flipped(model, tokens)
-    slopes = torch.autograd.grad(metric(logits).sum(), [z for z, *_ in layers])
+    def write(n, out):    # the graph begins at the embedding: weights may be frozen
+        return out if n.start else out.detach().requires_grad_()
+
+    with torch.enable_grad():
+        logits, layers = flipped(model, tokens, write=write)
+        slopes = torch.autograd.grad(metric(logits).sum(), [z for z, *_ in layers])
     found = [(1 - 2 * gates) * p * (dz @ v.mT) for dz, (_, p, gates, v) in zip(slopes, layers)]
     return torch.stack(found, 1).detach(), torch.stack([gates for _, _, gates, _ in layers], 1)
 

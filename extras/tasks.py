@@ -85,7 +85,7 @@ def ioi(n, seed, corruption="abc", template="ours", encoding=None, between=","):
     """Indirect objects, the task of Wang et al. 2022 in sentences of ours: "When A and B met at the PLACE, B handed
     the OBJECT to" -> A. template "paper": theirs, "When A and B went to the PLACE, B gave a OBJECT to".
 
-    A and B, or B and A, at random. corruption "abc": three fresh names; "swap": the subject is A and B right.
+    A and B, or B and A, at random. corruption "abc": three fresh names; "swap": A hands it over, so that B is right.
     between: what stands in place of the comma. Metric: logit(A) - logit(B).
     """
     encoding, rng, rows = encoding or gpt2_encoding(), np.random.default_rng(seed), []
@@ -145,8 +145,9 @@ def greater_than(n, seed, template="ours", encoding=None):
 def copy(n, seed, vocab_size=50257, length=10):
     """Induction: random tokens x_1 ... x_length, then x_1 ... x_(length-1) again -> x_length.
 
-    Corruption: another x_length in the first half. Metric: logit(x_length) - logit(the other). All tokens of a pair
-    are different, and none is the vocabulary's last: <|endoftext|> in GPT-2 and among bytes, `?` in the toy.
+    Corruption: another x_length in the first half. Metric: logit(x_length) - logit(the other). x_1 ... x_length
+    and the other are all different. None is the vocabulary's last, which is <|endoftext|> in GPT-2 and among bytes, and
+    `?` in the toy. Special tokens elsewhere, as SmolLM2's first 17, may be drawn.
     """
     if not 2 <= length <= vocab_size - 2:
         raise UserError(f"no {length} + 1 different tokens to copy in a vocabulary of {vocab_size}\n"

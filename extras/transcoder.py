@@ -13,12 +13,14 @@ this and all later MLPs, so that a feature that lives through many layers is fou
            + with JumpReLU, sparsity times the number of active features
 
 Inputs and outputs are scaled to a mean square of 1 an entry. extras/attribution.py asks what acts on what.
-Trains 2,000 steps of 1,024 tokens; goes on if --out holds a run that was stopped; then prints how good it is.
+Trains 2,000 steps of about 1,024 tokens, one window at least; goes on if --out holds a run that was stopped; then
+prints how good it is.
 Shapes: B batch, T positions, C width, L layers, F features a layer.
 """
 import argparse
 import math
 import os
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -113,7 +115,7 @@ class Transcoder(nn.Module):
         self.register_buffer("in_scale", torch.ones(layers))                         # inputs times this have size 1
         self.register_buffer("out_scale", torch.ones(layers))
 
-    def before(self, l, x):
+    def pre_activations(self, l, x):
         """Pre-activations of layer l: x (...,C), what its MLP reads -> (...,F)."""
         return F.linear(x * self.in_scale[l], self.encoder[l], self.encoder_bias[l])
 
@@ -126,7 +128,7 @@ class Transcoder(nn.Module):
 
     def encode(self, l, x):
         """x (...,C), what MLP l reads -> features (...,F) of layer l."""
-        return self.activate(l, self.before(l, x))
+        return self.activate(l, self.pre_activations(l, x))
 
     def scaled_output(self, m, features):
         """(17) in units of out_scale, from features (...,F) of the layers up to m."""
@@ -157,7 +159,7 @@ def loss_of(transcoder, sites, variance, asleep, sparsity):
     sparsity: of JumpReLU, the price of an active feature."""
     L, features, pre = len(sites.inputs), [], []
     for l, x in enumerate(sites.inputs):
-        pre.append(transcoder.before(l, x))
+        pre.append(transcoder.pre_activations(l, x))
         features.append(transcoder.activate(l, pre[-1]))
     loss, any_asleep = 0.0, asleep.any()
     if any_asleep:
@@ -172,6 +174,14 @@ def loss_of(transcoder, sites, variance, asleep, sparsity):
         active = sum(Jump.apply(h, transcoder.log_threshold[l].exp()).sum(-1).mean() for l, h in enumerate(pre))
         loss = loss + sparsity * active
     return loss, torch.stack([(a > 0).flatten(0, -2).any(0) for a in features])
+
+
+def fingerprint(model):
+    """Tells one model's weights from another's, wherever they lie."""
+    found = 0
+    for t in model.state_dict().values():
+        found = zlib.crc32(t.cpu().contiguous().view(torch.uint8).numpy(), found)
+    return found
 
 
 def material(args, model):
@@ -192,7 +202,7 @@ def material(args, model):
 
 def train(model, tokens, args):
     """Train a Transcoder, going on from args.out/last.pt if it is there. Leaves log.csv and last.pt."""
-    T, path = model.config.block_size, os.path.join(args.out, "last.pt")
+    T, path, of = model.config.block_size, os.path.join(args.out, "last.pt"), fingerprint(model)
     B = max(1, 1024 // T)
     transcoder = Transcoder(model.config.n_layer, model.config.n_embd, args.features, args.k, args.activation,
                             not args.per_layer, torch.Generator().manual_seed(args.seed)).to(args.device)
@@ -207,7 +217,7 @@ def train(model, tokens, args):
         variance = torch.stack([y.var(0).mean() for y in scaled])                    # (L)
     begun, rows, idle = 0, [], torch.zeros(model.config.n_layer, args.features, device=args.device)
     if os.path.exists(path):
-        saved = read(path, args.device)
+        saved = read(path, model, args.device)
         transcoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         begun, rows, idle, variance = (saved[name] for name in ("step", "rows", "idle", "variance"))
@@ -224,32 +234,32 @@ def train(model, tokens, args):
         optimizer.step()
         idle = torch.where(active, 0.0, idle + 1)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
-            rows.append({"step": step + 1, "loss": loss.item(), "asleep": (idle > SLEEPS).double().mean().item()})
+            rows.append({"step": step + 1, "loss": loss.item(), "asleep": (idle > SLEEPS).float().mean().item()})
             write_csv(os.path.join(args.out, "log.csv"), rows)
             with replacing(path) as temporary:
-                torch.save({"model": transcoder.state_dict(), "options": transcoder.options, "step": step + 1,
+                torch.save({"model": transcoder.state_dict(), "options": transcoder.options, "of": of, "step": step + 1,
                             "optimizer": optimizer.state_dict(), "rows": rows, "idle": idle, "variance": variance},
                            temporary)
     return transcoder
 
 
-def read(path, device):
-    """What a run has left in its last.pt."""
+def read(path, model, device):
+    """What a run has left in its last.pt, if it was for this model."""
+    names = "model", "options", "of", "step", "optimizer", "rows", "idle", "variance"
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        return {name: saved[name] for name in ("model", "options", "step", "optimizer", "rows", "idle", "variance")}
+        saved = {name: saved[name] for name in names}
     except BAD_PICKLE as error:
         raise UserError(f"{path} holds no transcoder\n{first_line(error)}") from error
+    if saved["of"] != fingerprint(model):
+        raise UserError(f"{path} is the transcoder of a model with other weights\ntrain one for this model, in another "
+                        "--out")
+    return saved
 
 
 def load_transcoder(folder, model):
-    """The Transcoder that a run has left in its folder, if it fits the model."""
-    saved = read(os.path.join(folder, "last.pt"), "cpu")
-    sizes, wanted = ([options[name] for name in ("layers", "width")] for options in (
-        saved["options"], {"layers": model.config.n_layer, "width": model.config.n_embd}))
-    if sizes != wanted:
-        raise UserError(f"{folder} is the transcoder of another model: {sizes[0]} layers of width {sizes[1]}, not "
-                        f"{wanted[0]} of {wanted[1]}\ntrain one with python -m extras.transcoder --model ...")
+    """The Transcoder of the model that a run has left in its folder."""
+    saved = read(os.path.join(folder, "last.pt"), model, "cpu")
     transcoder = Transcoder(**saved["options"]).requires_grad_(False)
     transcoder.load_state_dict(saved["model"])
     return transcoder
@@ -261,21 +271,24 @@ def quality(model, transcoder, idx, targets):
     active, active features a token and layer, and the CE of the model, with features, and with means for MLPs."""
     L, C, at_once = model.config.n_layer, model.config.n_embd, max(1, AT_ONCE // idx.shape[1])
     parts = list(zip(idx.split(at_once), targets.split(at_once)))
-    totals, squares, missed = (torch.zeros(L, C, dtype=torch.float64, device=idx.device) for _ in range(3))
+    totals, squares, missed = (torch.zeros(L, C, dtype=torch.float64) for _ in range(3))    # on the CPU: mps has none
     used = torch.zeros(L, transcoder.encoder.shape[1], device=idx.device)            # how often is a feature active?
     for rows, _ in parts:
         sites = mlp_sites(model, rows)
         features = [transcoder.encode(l, x) for l, x in enumerate(sites.inputs)]
         for l, (y, guess) in enumerate(zip(sites.outputs, transcoder.decode(features))):             # (B,T,C) each
-            totals[l] += y.double().sum((0, 1))
-            squares[l] += y.double().square().sum((0, 1))
-            missed[l] += (y - guess).double().square().sum((0, 1))
+            y, guess = y.cpu().double(), guess.cpu().double()
+            totals[l] += y.sum((0, 1))
+            squares[l] += y.square().sum((0, 1))
+            missed[l] += (y - guess).square().sum((0, 1))
             used[l] += (features[l] > 0).sum((0, 1))
     means, found = totals / idx.numel(), []
     variance = squares / idx.numel() - means.square()
 
     def features_for_mlp(l, x):
-        found[l:] = [transcoder.encode(l, x)]    # and those of later layers, of the rows before, go
+        if l == 0:    # new rows
+            found.clear()
+        found.append(transcoder.encode(l, x))
         return transcoder.scaled_output(l, found) / transcoder.out_scale[l]
 
     def ce(mlp):
@@ -283,9 +296,9 @@ def quality(model, transcoder, idx, targets):
                    for rows, answers in parts) / len(idx)
 
     ces = {"ce": ce(None), "ce_features": ce(features_for_mlp),
-           "ce_means": ce(lambda l, x: means[l].to(x.dtype).expand_as(x))}
+           "ce_means": ce(lambda l, x: means[l].to(x).expand_as(x))}
     return {"explained": (1 - missed.sum(1) / idx.numel() / variance.sum(1)).tolist(),
-            "dead": (used == 0).double().mean().item(), "active": used.sum().item() / idx.numel() / L, **ces,
+            "dead": (used == 0).float().mean().item(), "active": used.sum().item() / idx.numel() / L, **ces,
             "recovered": (ces["ce_means"] - ces["ce_features"]) / (ces["ce_means"] - ces["ce"])}
 
 
@@ -294,8 +307,8 @@ def run(args):
     options, path = dict(vars(args)), os.path.join(args.out, "args.json")
     options |= {name: whole(options[name], NAMES) for name in ("model", "data")}
     if os.path.exists(path):
-        before = read_json(path)
-        differ = [name for name in options if name not in FREE and before.get(name) != options[name]]
+        old = read_json(path)
+        differ = [name for name in options if name not in FREE and old.get(name) != options[name]]
         if differ:
             raise UserError(f"{args.out} holds a run with other {', '.join(differ)}\npass another --out")
     args.device = pick_device(args.device)
@@ -324,9 +337,9 @@ def main():
     for name, kind, default, about in (
         ("--out", str, "runs/transcoder", "folder of the run"),
         ("--features", between(int, 1, 2**20), 1024, "of each layer"),
-        ("--k", between(int, 1, 2**20), 16, "features that are active for one token"),
+        ("--k", between(int, 1, 2**20), 16, "features that are active for one token, with --activation topk"),
         ("--sparsity", between(float, 0.0, 1.0), 0.01, "with --activation jump: the price of an active feature"),
-        ("--steps", between(int, 1, 10**7), 2000, "of 1,024 tokens each"),
+        ("--steps", between(int, 1, 10**7), 2000, "of about 1,024 tokens, one window at least"),
         ("--lr", between(float, 1e-9, 1.0), 2e-3, "peak learning rate"),
         ("--windows", between(int, 1, 10**6), 64, "validation windows that its quality is measured on"),
         ("--seed", between(int, 0, 2**31), 0, "of weights and batches"),

@@ -64,17 +64,16 @@ def encoding_of(model):
 
 # ---- Batches
 
-def window(tokens, start, T):
-    """T tokens and the one after them, (T+1) int64."""
-    return torch.from_numpy(tokens[start:start + T + 1].astype(np.int64))
+def windows_at(tokens, starts, T):
+    """The windows of T tokens that begin at starts -> idx (N,T) and next tokens (N,T), int64."""
+    rows = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))    # (N,T+1)
+    return rows[:, :-1], rows[:, 1:]
 
 
 def spread(tokens, T, most):
     """At most so many windows, evenly spread over all -> idx (N,T) and next tokens (N,T)."""
     windows = (len(tokens) - 1) // T
-    starts = np.linspace(0, windows - 1, min(windows, most)).astype(int) * T
-    rows = torch.stack([window(tokens, s, T) for s in starts])       # (N,T+1)
-    return rows[:, :-1], rows[:, 1:]
+    return windows_at(tokens, np.linspace(0, windows - 1, min(windows, most)).astype(int) * T, T)
 
 
 @lru_cache(maxsize=4)    # of two splits; a batch may reach into the next epoch
@@ -87,12 +86,9 @@ def batch(tokens, T, first, count, seed):
 
     The windows do not overlap; each comes once an epoch, in an order drawn anew for every epoch.
     """
-    windows, rows = (len(tokens) - 1) // T, []
-    for n in range(first, first + count):
-        start = T * int(epoch_order(windows, seed, n // windows)[n % windows])
-        rows.append(window(tokens, start, T))
-    rows = torch.stack(rows)                                         # (B,T+1)
-    return rows[:, :-1], rows[:, 1:]
+    windows = (len(tokens) - 1) // T
+    return windows_at(tokens, [T * int(epoch_order(windows, seed, n // windows)[n % windows])
+                               for n in range(first, first + count)], T)
 
 
 # ---- Sources
@@ -187,7 +183,8 @@ def tokenise(documents, encoding, folder):
             bar = stack.enter_context(tqdm(unit=" documents", desc=f"tokenising {folder.name}"))
             while some := list(islice(documents, 1000)):
                 for text, tokens in zip(some, encoding.encode_ordinary_batch(some, num_threads=os.cpu_count())):
-                    split = {0: 1, 1: 2}.get(zlib.crc32(text.encode("utf-8", errors="replace")) % HELD_OUT, 0)
+                    part = zlib.crc32(text.encode("utf-8", errors="replace")) % HELD_OUT
+                    split = part + 1 if part < 2 else 0              # its place in SPLITS
                     files[split].write(np.array(tokens + [encoding.eot_token], token_type(encoding)))
                     counts[split] += 1
                 bar.update(len(some))

@@ -2,8 +2,6 @@
 
 Colours are told apart in greyscale too: lines differ in style, maps go from white to dark.
 """
-import os
-
 import matplotlib
 import numpy as np
 
@@ -16,7 +14,7 @@ from support.files import replacing
 
 def save(figure, path):
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -94,12 +92,10 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
     figure.draw_without_rendering()
     figure.set_layout_engine("none")    # all frames share one layout, which takes longer than the drawing
     writer = PillowWriter(fps=4)
-    with replacing(path) as temporary:
-        with writer.saving(figure, f"{temporary}.gif", dpi=80):
-            for frame in [*range(len(rows)), *[len(rows) - 1] * 4]:    # the last one stays a while
-                draw(frame)
-                writer.grab_frame()
-        os.replace(f"{temporary}.gif", temporary)
+    with replacing(path) as temporary, writer.saving(figure, temporary, dpi=80):
+        for frame in [*range(len(rows)), *[len(rows) - 1] * 4]:    # the last one stays a while
+            draw(frame)
+            writer.grab_frame()
     plt.close(figure)
 
 

@@ -71,7 +71,8 @@ def whole(path, names=()):
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path to write to. It takes the place of `path` at the end, and is gone after an error."""
-    temporary = f"{path}.{os.getpid()}.tmp"    # two processes may write the same file at once
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f"tmp-{os.getpid()}-{name}")    # two processes may write the same file at once
     try:
         yield temporary
         os.replace(temporary, path)

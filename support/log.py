@@ -12,27 +12,30 @@ from support.weights import read_weights, save_checkpoint
 
 
 class Log:
-    """log.csv, last.pt and best.pt of one training, in the folder `out`. It goes on from a last.pt that is there."""
+    """log.csv, last.pt and best.pt of one training, in the folder `out`."""
 
     def __init__(self, out, model, averaged, optimizer, geco):
         """model: the weights that train; averaged: their average, which the checkpoints hold."""
         self.out, self.model, self.averaged, self.optimizer, self.geco = out, model, averaged, optimizer, geco
         self.step, self.rows = 0, []
         self.recent = []    # CE of the steps since the last row
-        # at lambda's last update:
-        self.last = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}
+        # what lambda's last update saw and did:
+        self.at_update = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}
+
+    def resume(self):
+        """Take up all that last.pt holds, if it is there."""
         if os.path.exists(self.path("last.pt")):
             weights, state = read_weights(self.path("last.pt"))
-            averaged.load_state_dict(weights)
-            model.load_state_dict(state["trained"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.step, self.rows, self.recent, self.last = (state[k] for k in ("step", "rows", "recent", "last"))
-            if geco:
-                geco.load_state_dict(state["geco"])
+            self.averaged.load_state_dict(weights)
+            self.model.load_state_dict(state["trained"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.rows, self.recent, self.at_update = (state[k] for k in ("step", "rows", "recent", "last"))
+            if self.geco:
+                self.geco.load_state_dict(state["geco"])
 
     def mend(self):
         """After a kill: take away what it left half-written, and give log.csv the row that it may lack."""
-        for leftover in Path(self.out).glob("*.tmp"):
+        for leftover in Path(self.out).glob("tmp-*"):
             leftover.unlink()
         if self.rows:
             write_csv(self.path("log.csv"), self.rows)
@@ -42,13 +45,13 @@ class Log:
 
     def save(self):
         save_checkpoint(self.averaged, self.path("last.pt"), step=self.step, rows=self.rows, recent=self.recent,
-                        last=self.last, trained=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                        last=self.at_update, trained=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                         geco=self.geco.state_dict() if self.geco else {})
 
     def add(self, tokens, ce, active):
         """A row for an evaluation: tokens read so far, validation CE, active share (L,H)."""
         row = {"step": self.step, "tokens": tokens, "train_ce": float(np.mean(self.recent or math.nan)),
-               **self.last, "val_ce": ce, "active": active.mean().item()}
+               **self.at_update, "val_ce": ce, "active": active.mean().item()}
         row |= {f"active_{l}.{h}": float(share) for (l, h), share in np.ndenumerate(active.numpy())}
         self.rows.append(row)
         self.recent = []
@@ -81,8 +84,9 @@ def best_row(rows, tau):
 
 
 def share_at(rows, ce):
-    """The smallest active share at which a run had at most this validation CE, or None. Between two
+    """The smallest active share at which a run, after step 0, had at most this validation CE, or None. Between two
     neighbouring evaluations, one above and one below it, CE and share are interpolated linearly."""
+    rows = [row for row in rows if row["step"]]
     shares = [row["active"] for row in rows if row["val_ce"] <= ce]
     for pair in zip(rows, rows[1:]):
         worse, better = sorted(pair, key=lambda row: -row["val_ce"])

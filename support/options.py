@@ -5,7 +5,7 @@ import os
 import re
 
 from support.data import NAMES
-from support.files import UserError, between, make_folder, pick_device, read_json, whole
+from support.files import UserError, between, make_folder, read_json, whole
 from support.weights import GPT2_SHA256
 
 SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size": 8, "grad_accum": 1,
@@ -116,7 +116,6 @@ def settle(given, more=()):
     args.init = whole(args.init, {"scratch", *GPT2_SHA256})
     args.data = args.data if re.fullmatch(NAMES, args.data) else whole(args.data)
     args.processes = processes
-    args.dtype = args.dtype or ("bfloat16" if pick_device(args.device) == "cuda" else "float32")
     return args
 
 

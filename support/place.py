@@ -19,7 +19,7 @@ class Place:
         if name == "cuda":
             self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        self.dtype = getattr(torch, dtype)
+        self.dtype = getattr(torch, dtype or ("bfloat16" if name == "cuda" else "float32"))
         if self.size > 1 and not dist.is_initialized():    # the others may wait long while rank 0 tokenises
             dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
 

@@ -22,8 +22,9 @@ def control_row(args, control, base):
 
     base: the facts of our untouched model."""
     theirs, their_base, rows = read_run(control)
-    names = [*SHARED, *sorted(vars(args).keys() & vars(theirs).keys() - OURS)]
-    differ = [name for name in names if getattr(theirs, name) != getattr(args, name)]
+    names = [*SHARED, *sorted((vars(args).keys() | vars(theirs).keys()) - OURS)]
+    differ = [name for name in names    # a program without an option is one that leaves it off
+              if (getattr(theirs, name, None) or None) != (getattr(args, name, None) or None)]
     if abs(their_base.ce - base.ce) > 1e-3 or their_base.block_size != base.block_size:
         differ.append("untouched model")
     why = ("not --dense" if not theirs.dense else f"other {', '.join(differ)}" if differ else

@@ -109,13 +109,25 @@ def test_shares_and_curves_by_hand():
     assert torch.allclose(edges[0], torch.tensor([[0.5, 1 / 6, 1 / 6, 0, 0, 0, 0, 1 / 6],
                                                   [0, 0.2, 0, 0.2, 0.4, 0.2, 0, 0]]))
     share = torch.tensor([[0.2, 0.8, 0], [0.5, 0.1, 0.4], [0, 0, 0]])
-    assert B.cumulative(share).tolist() == pytest.approx([0.65, 0.95, 1])
-    assert B.cumulative(torch.zeros(0, 3)).tolist() == [0, 0, 0]
+    assert B.mean_curve(share).tolist() == pytest.approx([0, 0.65, 0.95, 1])
+    assert B.mean_curve(torch.zeros(2, 3)).tolist() == [0, 0, 0, 0]
     made = B.summary([found, found], [{"edges open": 3, "fall": None}, {"edges open": 4, "fall": None}])
     assert made["edges open"] == 3.5 and made["fall"] is None
-    assert made["curve: heads of an edge"] == pytest.approx([0.875, 1])
+    assert made["curve: heads of an edge"] == pytest.approx([0, 0.875, 1])
     assert [made[f"heads for {p} of an edge"] for p in ("80%", "90%")] == [1, 2]
     assert made["(head, key) for 80% of a prompt"] == 3 and made["(head, key) for 90% of a prompt"] == 4
+
+
+def test_a_sum_is_cut_at_the_tens_slot(monkeypatch):
+    def tens(model, rows):    # of 10 rows[0] + rows[1] + 10 rows[3] + rows[4]
+        return (rows[:, 0] + rows[:, 3] + (rows[:, 1] + rows[:, 4] >= 10)) % 10
+
+    monkeypatch.setattr(B, "likeliest", tens)
+    model = GPT(toy.toy_config())
+    model.notes["layout"] = "reversed"
+    prompts, answers = B.prompts_of([model], "addition", 50, 32, 0)
+    assert prompts.shape == (50, len(B.PLACES)) and len(prompts.unique(dim=0)) == 50
+    assert torch.equal(answers, tens(model, prompts))    # else no prompt would be right
 
 
 def test_the_cut_keeps_the_largest_weights_of_each_query():

@@ -33,7 +33,7 @@ def pre_activations(model, transcoder):
     """{(layer, position, feature): its pre-activation} of the active ones, from the true run."""
     found = {}
     for l, x in enumerate(mlp_sites(model, TOKENS[None]).inputs):
-        a, h = transcoder.encode(l, x[0]), transcoder.before(l, x[0])
+        a, h = transcoder.encode(l, x[0]), transcoder.pre_activations(l, x[0])
         found |= {(l, t, f): h[t, f].item() for t, f in a.nonzero().tolist()}
     return found
 

@@ -231,5 +231,6 @@ def test_windows_come_once_an_epoch_and_are_shifted_by_one():
 
 def test_a_window_has_one_token_more_than_it_is_long():
     tokens = np.arange(100, 200, dtype=np.uint16)
-    assert data.window(tokens, 7, 5).tolist() == [107, 108, 109, 110, 111, 112]
-    assert data.window(tokens, 94, 5).tolist() == [194, 195, 196, 197, 198, 199]    # up to the very end
+    idx, targets = data.windows_at(tokens, [7, 94], 5)    # the last one up to the very end
+    assert idx.tolist() == [[107, 108, 109, 110, 111], [194, 195, 196, 197, 198]]
+    assert targets.tolist() == [[108, 109, 110, 111, 112], [195, 196, 197, 198, 199]]

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gates import sample_gates, sparse_attention
 from support import blockwise
@@ -151,7 +150,7 @@ def outputs_and_gradients(attention, q, k, v, wy, we, b, *options):
     return [y, expected, active, *torch.autograd.grad(loss, (q, k, v, b) if torch.is_tensor(b) else (q, k, v))]
 
 
-@pytest.mark.parametrize("T", [1, 3, 4, 11, 130])
+@pytest.mark.parametrize("T", [1, 3, 4, 11])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -196,19 +195,6 @@ def test_blockwise_gradients_are_finite_differences_where_it_is_smooth(small_blo
         assert torch.autograd.gradcheck(lambda *inputs: blockwise_attention(*inputs[:2], v, inputs[2])[1],
                                         (q, k, b.requires_grad_()))
     assert torch.autograd.gradcheck(lambda q, k, v: blockwise_attention(q, k, v, OPEN)[0], (q, k, v))
-
-
-def test_recomputed_activations_draw_the_same_gates(small_blocks):
-    """Activation checkpointing runs the layer twice; both runs must see the same gates."""
-    q, k, v = qkv(T=11)
-    b = torch.full((3,), 0.5, requires_grad=True)
-    grads = []
-    for layer in (blockwise_attention, lambda *inputs: checkpoint(blockwise_attention, *inputs, use_reentrant=False)):
-        torch.manual_seed(6)
-        y, expected, _ = layer(q, k, v, b, True, True)
-        grads.append(torch.autograd.grad(y.square().sum() + expected.sum(), (q, k, v, b)))
-    for a, b in zip(*grads):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("attention, low, high", [(sparse_attention, 15, 16), (blockwise_attention, 3.5, 4)])
@@ -365,17 +351,6 @@ def test_extreme_draws_stay_finite(monkeypatch, u):
     gates.sum().backward()
     assert gates.tolist() == ([0, 0, 0, 0, 0, 1] if u == 0 else [0, 0, 1, 1, 1, 1])
     assert logits.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("scale", [1.0, 1e3, 1e19])
-def test_huge_scores_stay_finite(attention, scale):
-    """Scores of +-1e19 stay finite in softmax, sigmoid and their gradients."""
-    q, k, v = ((t * s).detach().requires_grad_() for t, s in zip(qkv(dtype=torch.float32), (scale, 1.0, 1.0)))
-    y, expected, active = attention(q, k, v, 1.0, True, True)
-    (y.sum() + expected.sum()).backward()
-    for t in (y, expected, active, q.grad, k.grad, v.grad):
-        assert t.isfinite().all()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -28,16 +28,6 @@ def test_lambda_for_a_changing_loss_is_the_published_recursion():
         assert geco.lam == pytest.approx(lam) and geco.average == pytest.approx(average)
 
 
-def test_up_above_tau_and_down_below():
-    geco = Geco(tau=1.0)
-    geco.update(1.2)
-    above = geco.lam
-    assert above > 1
-    for _ in range(200):
-        geco.update(0.5)
-    assert geco.lam < above
-
-
 def test_lambda_stays_in_its_range_and_comes_back_at_once():
     geco = Geco(tau=1.0, rate=1.0, decay=0.0, lam_range=(0.1, 10.0))
     for _ in range(100):

@@ -1,5 +1,4 @@
 """extras/llama.py and tokenizer.py against a Llama in numpy and byte-pair encoding written out."""
-import dataclasses
 import json
 import math
 
@@ -163,30 +162,6 @@ def test_all_that_makes_the_scores(tmp_path):
     assert [id(p) for p in attn.score_weights()] == [id(attn.q_proj.weight), id(attn.k_proj.weight)]
     attn.k_proj.requires_grad_(False)
     assert [id(p) for p in attn.score_weights()] == [id(attn.q_proj.weight)]
-
-
-def test_thresholds_of_a_checkpoint(tmp_path):
-    """One without loads, each head with the config's b; one with keeps its own, unless another is asked for."""
-    model = load_model(write(tmp_path / "hf", CONFIG, weights(CONFIG)), gated=True, gate_bias=0.5)
-    state, own = model.state_dict(), torch.linspace(-1, 1, 6)
-    without = {name: t for name, t in state.items() if not name.endswith("gate_bias")}
-    assert len(without) == len(state) - 2
-
-    def loaded(tensors, **overrides):
-        fields = dataclasses.asdict(model.config)
-        torch.save({"config": fields, "model": tensors}, tmp_path / "ours.pt")
-        return load_model(tmp_path / "ours.pt", **overrides)
-
-    def thresholds(found):
-        return [block.attn.gate_bias.tolist() for block in found.h]
-
-    assert thresholds(loaded(without)) == thresholds(loaded(state)) == [[0.5] * 6] * 2
-    own_state = state | {"h.1.attn.gate_bias": own}
-    assert thresholds(loaded(own_state)) == [[0.5] * 6, own.tolist()]
-    assert thresholds(loaded(own_state, gate_bias=3.0)) == [[3.0] * 6] * 2
-    assert loaded(own_state, gated=False).h[1].attn.gate_bias is None
-    with pytest.raises(UserError, match=r"fit this Llama: h.1.attn.gate_bias has shape \(2,\) instead of \(6,\)"):
-        loaded(state | {"h.1.attn.gate_bias": own[:2]})
 
 
 def test_the_family_is_told_by_the_files(tmp_path):
@@ -476,7 +451,7 @@ def test_patching_works_on_it(tmp_path):
     every = P.edge_mask(model.config)
     with torch.no_grad():
         m_clean, m_corrupt = (metric(model(tokens).logits) for tokens in (clean, corrupt))
-    kept = [P.kept_circuit(model, edges, clean, corrupt, metric) for edges in (every, ~every)]
+    kept = [P.kept_circuit(model, clean, corrupt, metric, edges) for edges in (every, ~every)]
     torch.testing.assert_close(torch.stack(kept), torch.stack((m_clean, m_corrupt)), rtol=0, atol=1e-12)
     assert (m_clean - m_corrupt).abs().min() > 1e-9
 

@@ -191,7 +191,7 @@ def test_arms_are_compared_at_a_loss_that_all_have_reached(tmp_path, monkeypatch
         write_json(f"{folder}/args.json", {})
         write_json(f"{folder}/base.json", {})
         write_csv(f"{folder}/log.csv", [{"step": n, "val_ce": ce, "active": share}
-                                       for n, (ce, share) in enumerate(zip(*found))])
+                                       for n, (ce, share) in enumerate(zip(*found), start=1)])
     monkeypatch.setattr("extras.sweep.one_run", run)
     arms.compare({"a": "train.py --x", "b": "train.py"}, range(2), tmp_path, 1)
     assert commands == ["train.py --x --seed 0", "train.py --x --seed 1", "train.py --seed 0", "train.py --seed 1"]

@@ -280,7 +280,8 @@ def test_the_command_writes_what_it_promises(tmp_path):
 
 
 def test_the_film_has_a_frame_for_each_evaluation(tmp_path):
-    """Counted in the file: a frame begins with a graphic control extension. It stays small, and --no-gif has none."""
+    """Counted in the file: a frame begins with a graphic control extension. The last stays four times as long, which
+    some versions of the writer store as four more frames."""
     idx, targets = (t[::20] for t in toy.addition_data())
     model, frames, seen = GPT(toy.toy_config(gated=True, gate_bias=0.0)), [], []
 
@@ -293,10 +294,8 @@ def test_the_film_has_a_frame_for_each_evaluation(tmp_path):
     assert [row["step"] for row in rows] == [250, 255] and seen == [row["active"] for row in rows]
     draw_film(rows, frames, ["q"] * 9, "36+28=???", True, 0.01, "36 + 28", tmp_path / "film.gif")
     film = (tmp_path / "film.gif").read_bytes()
-    assert film.startswith(b"GIF89a") and film.count(b"\x21\xf9\x04") >= 2 and len(film) < 200_000
+    assert film.startswith(b"GIF89a") and film.count(b"\x21\xf9\x04") in (2, 6) and len(film) < 200_000
     assert [path.name for path in tmp_path.iterdir()] == ["film.gif"]
-    code, _, stderr = command("--no-gif", "--dense-steps", "5", "--steps", "5", "--out", str(tmp_path / "out"))
-    assert code == 1 and not (tmp_path / "out" / "addition.gif").exists(), stderr
 
 
 @pytest.mark.parametrize("arguments, message", [

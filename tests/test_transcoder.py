@@ -63,7 +63,7 @@ def test_the_sites_are_the_models_own():
 
 
 def test_the_loss_by_hand():
-    """Nothing asleep: the plain sum of shares of variance. With a sleeper: a little more, and a gradient for it."""
+    """Nothing asleep: the plain sum of shares of variance. A sleeper adds what it misses of what is missed."""
     made = random_transcoder()
     sites = X.Sites([], [], *(list(torch.randn(3, 2, 5, 6, dtype=torch.float64)) for _ in range(2)), None)
     variance, asleep = torch.tensor([0.5, 1.0, 2.0]), torch.zeros(3, 7, dtype=torch.bool)
@@ -76,10 +76,27 @@ def test_the_loss_by_hand():
     l, f = (~active).nonzero()[0].tolist() if (~active).any() else (0, 0)
     asleep[l, f] = True
     with torch.no_grad():
-        made.encoder_bias[l, f] = 0.01 - made.before(l, sites.inputs[l])[..., f].max() + made.encoder_bias[l, f]
-    more, active = X.loss_of(made, sites, variance, asleep, 0.0)    # above 0 once, but among the top two?
-    gradient, = torch.autograd.grad(more, made.encoder)
-    assert gradient[l, f].abs().max() > 0
+        made.encoder_bias[l, f] -= made.pre_activations(l, sites.inputs[l])[..., f].max() - 0.01
+    more, _ = X.loss_of(made, sites, variance, asleep, 0.0)
+    features = [made.encode(m, x) for m, x in enumerate(sites.inputs)]
+    expected = 0
+    for m, (y, v) in enumerate(zip(sites.outputs, variance)):
+        missed = y * made.out_scale[m] - made.scaled_output(m, features)
+        h = made.pre_activations(l, sites.inputs[l])[..., f, None].relu()
+        helper = h * made.decoder[l][m - l, f] if m >= l else 0
+        expected += (missed.square().mean() + X.HELP * (missed - helper).square().mean()) / v
+    assert more.item() == pytest.approx(expected.item())
+    assert torch.autograd.grad(more, made.encoder)[0][l, f].abs().max() > 0
+
+
+def test_the_price_of_an_active_feature():
+    """Of JumpReLU: sparsity times the number of active features a token, summed over the layers."""
+    made = random_transcoder("jump")
+    sites = X.Sites([], [], *(list(torch.randn(3, 2, 5, 6, dtype=torch.float64)) for _ in range(2)), None)
+    nothing = torch.ones(3), torch.zeros(3, 7, dtype=torch.bool)
+    free, dear = (X.loss_of(made, sites, *nothing, price)[0].item() for price in (0.0, 0.3))
+    active = sum((made.encode(l, x) > 0).sum().item() for l, x in enumerate(sites.inputs)) / 10
+    assert dear - free == pytest.approx(0.3 * active) and active > 1
 
 
 def test_the_threshold_of_jump_relu_has_the_gradient_of_a_smoothed_step():
@@ -156,10 +173,14 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, tmp_path, monkeypatch,
 
 def test_what_is_no_transcoder_of_the_model_is_told(tmp_path):
     other = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12))
-    made = X.Transcoder(3, 12, 8)
+    made = X.Transcoder(2, 12, 8)
     rest = dict.fromkeys(("step", "optimizer", "rows", "idle", "variance"))
-    torch.save({"model": made.state_dict(), "options": made.options, **rest}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="another model: 3 layers of width 12, not 2 of 12\ntrain one"):
+    torch.save({"model": made.state_dict(), "options": made.options, "of": X.fingerprint(other), **rest},
+               tmp_path / "last.pt")
+    assert torch.equal(X.load_transcoder(str(tmp_path), other).encoder, made.encoder)
+    with torch.no_grad():
+        other.h[1].mlp.c_fc.bias[5] += 1
+    with pytest.raises(UserError, match="of a model with other weights\ntrain one for this model"):
         X.load_transcoder(str(tmp_path), other)
     (tmp_path / "last.pt").write_bytes(b"PK")
     for folder in (tmp_path, tmp_path / "nowhere"):

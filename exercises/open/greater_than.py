@@ -53,7 +53,7 @@ def kept_without_mlps(model, clean, corrupt, metric, order):
         def write(n, out):
             if out.ndim == 3:    # the embedding, or an MLP
                 return theirs[n.start] if n.start else out
-            kept = rank[(n.start - 1) // (model.config.n_head + 1), :, None, None] < k
+            kept = rank[P.layer_of(n.start, model.config), :, None, None] < k
             return torch.where(kept, out, theirs[n.start])
         found.append(metric(P.forward(model, clean, write=write)))
     return torch.stack(found, 1)
@@ -85,7 +85,7 @@ def run(args):
                       for measure in (P.metric_of_kept_heads, kept_without_mlps)]
             high, low = curves[0][-1], curves[1][0]    # the clean run, and the corrupted one
             shares = [(curve - low) / (high - low) for curve in curves]
-            kept = [f"{P.heads_needed(share)} ({', '.join(f'{share[k]:.2f}' for k in SOME)})" for share in shares]
+            kept = [f"{P.first_reaching(share)} ({', '.join(f'{share[k]:.2f}' for k in SOME)})" for share in shares]
             print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / toy.allowed_edges(model.config):9.2%}"
                   f"{f'{high:.2f}, {low:.2f}':>18}{kept[0]:>38}{kept[1]:>38}", flush=True)
             save_checkpoint(model, os.path.join(args.out, f"{seed}-{name}.pt"))
