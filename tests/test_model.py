@@ -466,6 +466,21 @@ def test_the_forward_pass_is_heads_then_attend_then_project():
     assert torch.equal(attn.project(attn.attend(*attn.heads(x), sample=True)[0]), drawn) and not torch.equal(drawn, y)
 
 
+def test_a_compiled_model_has_the_same_values_and_gradients():
+    """As train.py --compile traces it, but for the last step, which needs a C++ compiler and a minute."""
+    model = GPT(GPTConfig(**TINY, gated=True), generator=torch.Generator().manual_seed(0)).eval()
+    for block in model.h:
+        block.attn.gate_bias.requires_grad_()
+    idx, found = torch.randint(31, (2, 13)), []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        out = run(idx[:, :-1], idx[:, 1:])
+        (out.loss + out.expected_edges.mean()).backward()
+        found.append([out.loss, out.active_edges, *(p.grad.clone() for p in model.parameters())])
+    for plain, compiled in zip(*found):
+        torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=1e-4)
+
+
 def test_score_weights_are_views_of_the_rows_of_q_and_k():
     """Changing them changes queries and keys, and not one value."""
     attn = pair()[1].h[0].attn
