@@ -3,5 +3,5 @@ import torch
 
 
 def same(found, expected, hint, **tolerance):
-    """Tensors that must be equal up to rounding; if they are not, torch says where, and then comes the hint."""
-    torch.testing.assert_close(found, expected, msg=lambda text: f"{text}\nHint: {hint}", **tolerance)
+    """Tensors that must be equal up to rounding; if they are not, comes the hint, and then torch says where."""
+    torch.testing.assert_close(found, expected, msg=lambda text: f"{hint}\n{text}", **tolerance)

@@ -1,7 +1,7 @@
 """3. The sparse attention layer (30 minutes)
 
     s_ij = q_i . k_j / sqrt(D)
-    A_ij ~ Bernoulli(sigmoid(s_ij + b))         (from exercises.gate import sample_gates, or from gates)
+    A_ij ~ Bernoulli(sigmoid(s_ij + b))         exercise 1: from exercises.gate import sample_gates
     y_i  = sum_j A_ij softmax_j(s_i) v_j
 
 The softmax runs over all allowed keys, open or not, and is not renormalised. With every gate open the layer is
@@ -13,5 +13,8 @@ Question: why is a closed edge different from an edge with a tiny weight? Which 
 
 
 def sparse_attention(q, k, v, gate_bias, causal=True, sample=False):
-    """q, k, v (B,H,T,D) -> y (B,H,T,D), expected share (B,H), active share (B,H): the open gates of this very pass."""
+    """q, k, v (B,H,T,D) -> y (B,H,T,D), expected share (B,H), active share (B,H): the open gates of this very pass.
+
+    gate_bias: b, a number, or a tensor with one element. sample: that of sample_gates, False is A = [s + b > 0].
+    """
     raise NotImplementedError

@@ -7,20 +7,22 @@ which costs two runs and one backward pass for all heads together. Part one: wri
 Part two: where it fails. A head whose output opens a gate elsewhere has an effect, but a hard gate has no gradient.
 Find the edges that attribution misses: `patching.edge_scores` gives the estimates, `patching.exact_edge_score` the
 truth, `patching.edge_names` the edges. With names = `patching.nodes(model.config)`, scores[n, s, d] is the edge from
-names[s] to names[d + 1]. Does the estimate miss edges that matter, or name edges that do not? Would more sentences
-help? Would gradients at ten points between the two sentences (`points=10` of edge_scores)? Why?
+names[s] to names[d + 1]. Try it on `tiny(True)` and `pairs()` of exercises/check_attribution.py. Does the estimate miss
+edges that matter, or name edges that do not? Would more sentences help? Would gradients at ten points between the two
+sentences (`points=10` of edge_scores)? Why?
 """
 
 
 def head_attribution(model, clean, corrupt, metric):
     """(N,L,H): s(head) of a dense GPT in eval mode. clean, corrupt (N,T) tokens; metric: logits (N,T,V) -> (N).
 
-    z is what `model.h[l].attn.c_proj` reads, (N,T,H*D), heads side by side: a forward pre-hook sees it.
+    z is what `model.h[l].attn.c_proj` reads, (N,T,H*D), heads side by side: a forward pre-hook sees it. Leave no hook.
     """
     raise NotImplementedError
 
 
 def missed_edges(model, clean, corrupt, metric, small):
     """The set of edges (source, destination), by name, that attribution calls nothing (mean |score| below small) though
-    patching them for real matters (mean |change of the metric| above 10 times small). Means are over the N pairs."""
+    patching them for real matters (mean |change of the metric| above 10 times small). Means are over the N pairs. The
+    model has gates, or none."""
     raise NotImplementedError

@@ -13,7 +13,8 @@ def qkv(dtype=torch.float64):
 def test_with_every_gate_open_it_is_softmax_attention(answer, causal):
     q, k, v = qkv()
     y, expected, active = answer.sparse_attention(q, k, v, 100.0, causal, sample=True)
-    same(y, F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b = 100 opens every allowed gate")
+    same(y, F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b = 100 opens every allowed gate, so y "
+         "must be ordinary softmax attention: over which keys, along which axis?")
     assert (active == 1).all() and expected.min() > 0.999, "both are shares of the allowed edges, not of T * T"
 
 
@@ -32,6 +33,20 @@ def test_a_weight_is_the_softmax_or_an_exact_zero(answer):
     same(weights, dense * is_open, "the softmax runs over all allowed keys, the gate multiplies: not renormalised")
     same(active.double(), is_open.sum((-2, -1)).double() / 21, "21 of the 36 edges are allowed")
     assert 0 < active.mean() < 1
+
+
+def test_one_draw_makes_output_share_and_gradient(answer):
+    q, k, _ = qkv()
+    v = torch.eye(6, dtype=torch.float64).expand(2, 3, 6, 6)
+    b = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    weights, expected, active = answer.sparse_attention(q, k, v, b, sample=True)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    same(weights.detach(), dense * (weights != 0), "a drawn gate is a bit too: the softmax's weight, or an exact 0")
+    same(active.detach().double(), (weights != 0).sum((-2, -1)).double() / 21, "active counts the gates that y uses")
+    for what, value in (("y", weights.sum()), ("expected", expected.sum())):    # the softmax does not see a shift by b
+        assert value.requires_grad, f"{what} has no gradient: nothing could be trained"
+        gradient, = torch.autograd.grad(value, b, retain_graph=True, allow_unused=True)
+        assert gradient is not None and gradient.abs() > 1e-6, f"{what} must have a gradient through the gates"
 
 
 def test_the_future_is_never_read(answer):

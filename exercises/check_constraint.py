@@ -10,7 +10,8 @@ def test_the_closed_form(answer):
     losses = [2.5, 2.2, 1.7, 2.1, 1.1]
     for ce in losses:
         geco.update(ce)
-    assert geco.lam == pytest.approx(0.5 * math.exp(0.1 * sum(ce - 2 for ce in losses))), "C is CE - tau"
+    lam = 0.5 * math.exp(0.1 * sum(ce - 2 for ce in losses))
+    assert geco.lam == pytest.approx(lam), "log lam adds rate * C, and C is CE - tau"
 
 
 def test_the_average_starts_at_the_first_value(answer):
@@ -31,9 +32,13 @@ def test_it_rises_above_tau_and_falls_below(answer):
 @pytest.mark.parametrize("ce, end", [(1e3, 1e3), (0.0, 1e-3)])
 def test_it_stays_in_its_range_and_comes_back(answer, ce, end):
     geco = answer.Geco(2.0, rate=1.0, decay=0.0, lam_range=(1e-3, 1e3))
-    for _ in range(10_000):
-        geco.update(ce)
-    assert geco.lam == pytest.approx(end), "clamp to lam_range"
+    try:
+        for _ in range(10_000):
+            geco.update(ce)
+        lam = geco.lam
+    except OverflowError:
+        pytest.fail("lam overflows: clamp what is stored (log lam) at every update, not only what is read")
+    assert lam == pytest.approx(end), "clamp to lam_range"
     geco.update(2 - math.copysign(1, ce - 2))    # one step the other way moves it at once
     assert abs(math.log(geco.lam / end)) == pytest.approx(1), "clamp what is stored (log lam), not only what is read"
 
@@ -61,5 +66,9 @@ def test_update_returns_the_lam_that_the_step_used(answer):
 @pytest.mark.parametrize("ce", [math.nan, math.inf])
 def test_a_broken_loss_is_not_swallowed(answer, ce):
     geco = answer.Geco(2.0)
-    with pytest.raises(FloatingPointError):    # else lam is nan from now on, or stays as if nothing had happened
+    try:
         geco.update(ce)
+    except FloatingPointError:
+        assert geco.lam == 1, "raise before Cbar and lam have changed"
+    else:
+        pytest.fail("raise FloatingPointError: else lam is nan from now on, or stays as if nothing had happened")

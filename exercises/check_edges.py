@@ -9,7 +9,8 @@ from exercises import same
 @pytest.mark.parametrize("bias, share", [(0.0, 1 / 2), (math.log(3), 3 / 4), (-math.log(3), 1 / 4)])
 def test_three_positions_by_hand(answer, bias, share):
     q = torch.zeros(1, 1, 3, 4)
-    same(answer.expected_edges(q, q, bias), torch.full((1, 1), share), "all scores are 0: each gate has sigmoid(b)")
+    same(answer.expected_edges(q, q, bias), torch.full((1, 1), share), "all scores are 0: each gate has sigmoid(b); a "
+         "share of how many edges?")
 
 
 def test_an_edge_into_the_future_does_not_count(answer):
@@ -30,5 +31,7 @@ def test_against_a_loop(answer):
 
 def test_it_can_be_differentiated(answer):
     q, k = torch.randn(2, 1, 1, 4, 2, requires_grad=True).unbind()
-    gradient, = torch.autograd.grad(answer.expected_edges(q, k, 0.0).sum(), k)
-    assert gradient.abs().sum() > 0, "training needs a gradient: no > and no detach on the way"
+    share = answer.expected_edges(q, k, 0.0).sum()
+    assert share.requires_grad, "training needs a gradient: no > and no detach on the way"
+    gradient, = torch.autograd.grad(share, k)
+    assert gradient.abs().sum() > 0, "the keys have no gradient"

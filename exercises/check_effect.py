@@ -33,5 +33,10 @@ def test_how_many_are_needed(answer, share, n):
     assert answer.needed(torch.tensor([0, 0.5, 0.8, 0.9001, 1.0]), share) == n, "the first n with curve[n] >= share"
 
 
+def test_a_curve_may_come_down_again(answer):
+    """As that of kept heads in exercise 10 may."""
+    assert answer.needed(torch.tensor([0, 0.95, 0.5, 1]), 0.9) == 1, "the first n: not one more than those below it"
+
+
 def test_never_is_none(answer):
     assert answer.needed(torch.tensor([0, 0.5]), 0.9) is None, "the curve never gets there: None, not its length"

@@ -9,7 +9,7 @@ def both_open(gates):
 
 
 def test_two_edges_that_are_needed(answer):
-    g = torch.tensor([4.0, 4.0])
+    g = torch.tensor([4.0, 4.0], dtype=torch.float64)
     p = 1 / (1 + math.exp(-4))
     assert float(answer.hard(both_open, g)) == 0, "both logits are above 0: both hard gates are open, the loss is 0"
     assert float(answer.expected(both_open, g)) == pytest.approx(1 - p * p), \
@@ -31,7 +31,7 @@ def test_against_many_draws(answer):
     draws = (torch.rand(100_000, 4, dtype=torch.float64) < torch.sigmoid(g)).long()
     found = table[tuple(draws.T)]
     assert float(answer.expected(loss, g)) == pytest.approx(found.mean().item(), abs=5 * found.std().item() / 316), \
-        "the mean of 100,000 draws is another number: are all 2^n draws counted, each once?"
+        "the mean of 100,000 draws is another number: are all 2^n draws counted, each once? The loss is that of bits"
     assert float(answer.hard(loss, g)) == float(table[tuple((g > 0).long())])
 
 

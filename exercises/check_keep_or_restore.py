@@ -32,7 +32,8 @@ def test_restored_against_runs_written_out(answer, example):
     m_clean = metric(model(clean).logits).mean().item()
     expected = [(x - m[0]) / (m_clean - m[0]) for x in m]
     found = [float(x) for x in answer.restored(model, clean, corrupt, metric, ORDER)]
-    assert found == pytest.approx(expected), "run on the corrupted sentences; the first k heads of order are clean"
+    assert found == pytest.approx(expected), "run on the corrupted sentences; the first k heads of " \
+        "order are clean; means over sentences first, then the ratio"
 
 
 def test_kept_against_runs_written_out(answer, example):
@@ -40,7 +41,8 @@ def test_kept_against_runs_written_out(answer, example):
     m = curve(model, clean, corrupt, metric, [ORDER[k:] for k in range(7)])
     expected = [(x - m[0]) / (m[-1] - m[0]) for x in m]
     found = [float(x) for x in answer.kept(model, clean, corrupt, metric, ORDER)]
-    assert found == pytest.approx(expected), "run on the clean sentences; all heads but the first k are corrupted there"
+    assert found == pytest.approx(expected), "run on the clean sentences; all heads but the first k " \
+        "are corrupted there; means over sentences first, then the ratio"
 
 
 def test_both_begin_at_none_and_kept_ends_at_all(answer, example):

@@ -29,7 +29,9 @@ def test_against_a_pass_written_out(answer, model, layer, head):
     clean, corrupt = torch.randint(11, (2, 4, 6))
     z = by_hand(model, clean, {})[1][layer, head]
     patched = answer.patch_head(model, clean, corrupt, layer, head)
-    same(patched, by_hand(model, corrupt, {(layer, head): z})[0], "run on corrupt; only this head's part is from clean")
+    assert torch.is_tensor(patched), "return the logits, model(tokens).logits"
+    same(patched, by_hand(model, corrupt, {(layer, head): z})[0], "the run is on corrupt. From clean come one head's D "
+         "neighbouring numbers, at every position, before c_proj multiplies")
     assert (patched - model(corrupt).logits).abs().max() > 1e-6, "nothing changed: did the hook return its tuple?"
 
 
@@ -40,9 +42,14 @@ def test_equal_sentences_change_nothing(answer, model):
 
 def test_the_model_is_left_as_it_was(answer, model):
     clean, corrupt = torch.randint(11, (2, 4, 6))
-    before = model(corrupt).logits
+    before, others = model(corrupt).logits, [block.attn.c_proj._forward_pre_hooks for block in model.h]
+    for block in model.h:
+        block.attn.c_proj.register_forward_pre_hook(lambda *_: None)    # somebody else's
+    hooks = [dict(of_layer) for of_layer in others]
     answer.patch_head(model, clean, corrupt, 0, 1)
     assert torch.equal(model(corrupt).logits, before), "a hook is left: handle.remove()"
+    assert [dict(of_layer) for of_layer in others] == hooks, \
+        "remove each of your hooks, also one that only looks, and nobody else's"
     with pytest.raises(RuntimeError):    # the z of 4 sentences does not fit into 3
         answer.patch_head(model, clean, corrupt[:3], 0, 1)
-    assert torch.equal(model(corrupt).logits, before), "a hook is left after an error: try ... finally"
+    assert [dict(of_layer) for of_layer in others] == hooks, "a hook is left after an error: try ... finally"

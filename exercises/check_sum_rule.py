@@ -37,6 +37,7 @@ def test_a_closed_gate_carries_nothing(answer, example):
 
 def test_the_strongest_pair(answer):
     pattern, v = torch.ones(2, 3, 3), torch.tensor([[[1.0], [3.0], [0.0]], [[2.0], [0.0], [-1.0]]])
-    gradient = torch.tensor([[[1.0], [-1.0], [0.5]], [[1.0], [1.0], [1.0]]])
+    gradient = torch.tensor([[[1.0], [-1.0], [0.5]], [[-1.0], [-1.0], [-1.0]]])
     assert tuple(answer.strongest_key(pattern, v, gradient)) == (1, 0), \
-        "add up over queries first: key 1 of head 0 carries 3, -3 and 1.5, together 1.5; key 0 of head 1 carries 6"
+        "add up over queries first: key 1 of head 0 carries 3, -3 and 1.5, together 1.5; key 0 of head 1 carries " \
+        "-6, and |-6| is the most"

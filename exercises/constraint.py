@@ -1,13 +1,14 @@
 """4. GECO's update, and why lambda lives in log space (20 minutes)
 
 Fewest edges under the constraint CE <= tau. With C = CE - tau (above 0: violated), after every step
-    Cbar <- decay Cbar + (1 - decay) C          started at the first C
+    Cbar <- decay Cbar + (1 - decay) C          the first Cbar is the first C
     lam  <- lam exp(rate Cbar)
 The loss to backpropagate is the Lagrangian edges + lam (CE - tau). It holds the CE of this very step: the average
 moves lam and nothing else.
 
 Before you write: multiply lam by exp(rate Cbar) 10,000 times with Cbar = 5 and rate = 1. What does a float do? Now
-add rate Cbar to log lam as often, and clamp there. Which sign must Cbar have for lam to fall, and what do the edges
+add rate Cbar to log lam as often, and clamp there. If lam itself is clamped at every step, the two are the same on
+paper: which of them can still overflow, in one step? Which sign must Cbar have for lam to fall, and what do the edges
 do then?
 """
 

@@ -1,6 +1,7 @@
 """6. From scores to "how many edges": per sentence and global are two questions (20 minutes)
 
-Given the score of every edge on every sentence, let C(n) be the sum of the n largest |scores| over the sum of all.
+Given the score of every edge on every sentence, let C(n) be the sum of the n largest |scores| over the sum of all
+|scores|.
     per sentence   rank the edges of each sentence by themselves, then average the curves
     global         average the scores over sentences first, then rank once
 
@@ -11,7 +12,10 @@ mean?
 
 
 def curves(scores):
-    """scores (N,S): S edges, N sentences, none with zeros only -> (per sentence, global), each (S+1) with C(0) = 0."""
+    """scores (N,S): S edges, N sentences -> (per sentence, global), each (S+1) with C(0) = 0.
+
+    No sentence has zeros only, and the mean over the sentences is not 0 for every edge.
+    """
     raise NotImplementedError
 
 

@@ -8,9 +8,9 @@ How much of a task do the k best heads carry? Two experiments answer, and their 
 of a run on other tokens, in which the heads with chosen (1 or N, L, H) = True have that z instead of their own, are
 `patching.run_with_heads(model, other, found, chosen)`.
 
-Before you write: the last head of a model copies the right name to the output. What share of the effect has it alone if
-it is restored? If it is kept, and the heads whose result it copies are not? Which experiment can tell a model that
-needs 5 heads from one that needs 100?
+Before you write: the last head of a model copies a name to the output; which one, earlier heads have found out. Restore
+only this head: what share of the effect comes back? Now keep only this head, while the heads it copies from are
+corrupted: what share is left? Which experiment can tell a model that needs 5 heads from one that needs 100?
 """
 
 
@@ -18,7 +18,7 @@ def restored(model, clean, corrupt, metric, order):
     """(L*H+1): the share of the effect of the first k heads of order, k = 0 to all: (m_k - m_0) / (m_clean - m_0).
 
     m_k: the mean of metric(logits) over sentences in the corrupted run with k heads restored; m_clean: in the plain
-    clean run. order: head numbers l * H + h, best first.
+    clean run. order: a list of head numbers l * H + h, best first. No gradient is needed.
     """
     raise NotImplementedError
 

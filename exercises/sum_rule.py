@@ -1,7 +1,8 @@
 """11. What does each edge carry? The sum rule of attention attribution (30 minutes)
 
-Hold the attention pattern P = A * softmax fixed. Then a head is linear in its values: z_i = sum_j P_ij v_j. If a later
-number y has the gradient G_i with respect to z_i, then to first order the heads add to y what their edges carry,
+Hold the attention pattern P = A * softmax fixed. Then a head is linear in its values: z_i = sum_j P_ij v_j. Let y be a
+number that is computed later, such as a logit, and G_i = dy/dz_i. To first order the heads add to y what their edges
+carry,
     c_ij = P_ij  G_i . v_j
 
 Before you write: what does an edge with a closed gate carry? Why can one add up c over j, over i, over heads, and

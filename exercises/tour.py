@@ -16,8 +16,8 @@ import torch
 from gates import sample_gates, sparse_attention
 from model import GPT
 from support.figures import draw_attention
-from support.files import UserError, between, run_command
-from toy_addition import ALPHABET, addition_data, encode, places
+from support.files import UserError, between, read_json, run_command
+from toy_addition import ALPHABET, addition_data, encode, places, toy_geco
 
 ROOT = Path(__file__).parent.parent
 SLOT = 7    # the tens slot of the layout that is read from left to right
@@ -35,7 +35,7 @@ def say(title, *lines):
     print(f"\n{title}\n" + "\n".join(lines))
 
 
-def row(name, values, form="{:7.2f}"):
+def row(name, values, form="{:8.2g}"):
     return f"    {name:12}" + "".join(form.format(v) for v in values)
 
 
@@ -46,16 +46,18 @@ def show_row(model, idx, keys):
     b = block.attn.gate_bias
     scores = (q @ k.mT / math.sqrt(q.shape[-1]))[0, 0, SLOT, :SLOT + 1]                  # (T') keys up to itself
     g = scores + b[0]
-    say("2. What does the tens slot look at? Its score for each key, in layer 0", row("key", keys, "{:>7}"),
-        row("score s", scores), quote("gates.py", "scores = q.to"))
+    say("2. What does the tens slot look at? Its score for each key, in layer 0", row("key", keys, "{:>8}"),
+        row("score s", scores, "{:8.2f}"), quote("gates.py", "scores = q.to"))
     torch.manual_seed(0)
     draws = [sample_gates(g, sample=True) for _ in range(3)]
-    say("3. Each edge has a gate, open with probability sigmoid(s + b). Training draws it",
-        row("probability", g.sigmoid()), *(row(f"draw {n}", draw, "{:7.0f}") for n, draw in enumerate(draws, 1)),
-        quote("gates.py", "g = g + torch.logit"), "    The gradient is the sigmoid's, although the value is a bit:",
-        quote("gates.py", "return hard + "))
+    say(f"3. Each edge has a gate, open with probability sigmoid(s + b), b = {b[0]:.2f}. Training draws it",
+        row("probability", g.sigmoid()), *(row(f"draw {n}", draw) for n, draw in enumerate(draws, 1)),
+        quote("gates.py", "g = g + torch.logit"),
+        "    After training most gates are sure, so the draws agree. Eight draws of one that is not, s + b = 0.5:",
+        row("gate", sample_gates(torch.full((8,), 0.5), sample=True)),
+        "    The gradient is the sigmoid's, although the value is a bit:", quote("gates.py", "return hard + "))
     hard = sample_gates(g, sample=False)
-    say("4. Evaluation does not draw: open where s + b > 0", row("gate A", hard, "{:7.0f}"),
+    say("4. Evaluation does not draw: open where s + b > 0", row("gate A", hard),
         quote("gates.py", "hard = "))
     weights = scores.softmax(0)
     y, expected, active = sparse_attention(q, k, v, b)
@@ -81,23 +83,26 @@ def show_carry(model, a, b):
         "    Exercise 8 finds it without a picture.", quote("toy_addition.py", "edge = tuple("))
 
 
-def show_lambda(log):
+def show_lambda(log, tau):
     """How lambda answered the constraint, from log.csv."""
+    low, high = toy_geco(tau).lam_range
     with open(log, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     chosen = rows[::max(1, len(rows) // 8)]
-    say("7. How it was trained. lambda rises while the CE of the kept model is above tau, and falls below it",
-        f"    {'step':>6}{'CE':>10}{'lambda':>10}{'edges':>10}",
-        *(f"    {r['step']:>6}" + "".join(f"{float(r[name]):10.4f}" for name in ("seen", "lam", "active"))
-          for r in chosen), quote("geco.py", "self.average = self.decay"), quote("geco.py", "self.log_lam = min("),
+    say(f"7. How it was trained. lambda, from {low:g} to {high:g}, rises while the CE of the kept model is above tau, "
+        f"{tau:g} nats, and falls below it", f"    {'step':>6}{'CE':>10}{'lambda':>10}{'edges per sum':>15}",
+        *(f"    {r['step']:>6}{float(r['seen']):10.4f}{float(r['lam']):10.4f}{float(r['active']):15.2f}" for r in chosen),
+        quote("geco.py", "self.average = self.decay"), quote("geco.py", "self.log_lam = min("),
         quote("geco.py", "return edges + "))
 
 
 @torch.no_grad()
 def tour(args):
-    paths = [os.path.join(args.run, name) for name in ("dense.pt", "sparse.pt", "log.csv")]
-    if not all(map(os.path.exists, paths)):
-        raise UserError(f"{args.run} holds no trained toy\nrun python toy_addition.py first, or pass its --out")
+    paths = [os.path.join(args.run, name) for name in ("dense.pt", "sparse.pt", "log.csv", "summary.json")]
+    missing = [os.path.basename(path) for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{args.run} lacks {', '.join(missing)}\nrun python toy_addition.py first, or name its folder "
+                        "with --run")
     dense, sparse = (GPT.from_pretrained(path) for path in paths[:2])
     if sparse.notes.get("layout") != "reversed" or sparse.config.n_head != 1:
         raise UserError("this walk needs a toy of the layout reversed\ntrain one with python toy_addition.py")
@@ -105,11 +110,12 @@ def tour(args):
     idx = addition_data()[0][100 * args.a + args.b][None]                                # (1,T)
     found = ["".join(ALPHABET[n] for n in model(idx).logits[0, -3:].argmax(-1)) for model in (dense, sparse)]
     say(f"1. The sum {args.a} + {args.b} is read as {question}; the answer stands backwards in the last slots",
-        f"    right is {answer}, the dense model says {found[0]}, the sparse one {found[1]}",
+        f"    {args.a} + {args.b} = {args.a + args.b}, three digits backwards: {answer}; the dense model says "
+        f"{found[0]}, the sparse one {found[1]}",
         quote("toy_addition.py", "return f\"{a:02d}+"))
     show_row(sparse, idx, [*question[:6], "units", "tens"])
     show_carry(sparse, args.a, args.b)
-    show_lambda(paths[2])
+    show_lambda(paths[2], read_json(paths[3])["tau"])
     labels = [*question[:6], *places("reversed")]
     panels = [(f"{kind}, layer {l}", weights[0, 0].numpy(), labels, question, kind == "sparse")
               for kind, model in (("dense", dense), ("sparse", sparse))

@@ -1,4 +1,6 @@
 """exercises/: every check fails on the stub, because it is a stub, and passes on the project's own functions."""
+import inspect
+import itertools
 import math
 import re
 import subprocess
@@ -10,10 +12,13 @@ import pytest
 import torch
 
 import gates
+import patching as P
 import toy_addition as toy
-from exercises import check_constraint, tour
+from exercises import (check_attention, check_attribution, check_carry, check_constraint, check_effect, check_gate,
+                       check_hard_gates, check_patch_head, check_sum_rule, tour)
+from exercises.conftest import reference
 from geco import Geco
-from model import GPT
+from model import GPT, GPTConfig
 from support.weights import save_checkpoint
 
 FOLDER = Path(__file__).parent.parent / "exercises"
@@ -29,7 +34,7 @@ def run(*arguments):
 def test_the_projects_own_functions_are_right_answers():
     code, output = run(*CHECKS, "--reference")
     assert code == 0, output[-3000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) >= 56
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 63
 
 
 def test_every_check_of_every_stub_fails_for_want_of_an_answer():
@@ -52,16 +57,19 @@ def test_the_tour_walks_through_a_trained_toy(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tour", "--run", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         tour.main()
-    assert stopped.value.code == 2 and "run python toy_addition.py first" in capsys.readouterr().err
+    told = "lacks dense.pt, sparse.pt, log.csv, summary.json\nrun python toy_addition.py first"
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
     for name, gated in (("dense", False), ("sparse", True)):
         model = GPT(toy.toy_config(gated=gated, gate_bias=0.0), generator=torch.Generator().manual_seed(3))
         save_checkpoint(model, tmp_path / f"{name}.pt", layout="reversed")
     (tmp_path / "log.csv").write_text("step,seen,lam,active\n250,0.5,1.5,30\n500,0.25,3,20\n")
+    (tmp_path / "summary.json").write_text('{"tau": 0.004}')
     tour.main()
     printed = capsys.readouterr().out
     model, idx = GPT.from_pretrained(tmp_path / "sparse.pt"), toy.addition_data()[0][[3628]]
     q, k, v = model.h[0].attn.heads(model.h[0].ln_1(model.embed(idx)))
     y, expected, active = gates.sparse_attention(q, k, v, 0.0)
+    assert "36 + 28 = 64, three digits backwards: 460" in printed and "above tau, 0.004 nats" in printed
     begins = ", ".join(f"{x:.3f}" for x in y[0, 0, 7, :3])
     assert f"from these weights y begins {begins}; gates.py says {begins}" in printed
     assert f"{active.item():.1%} are open; expected were {expected.item():.1%}" in printed
@@ -143,3 +151,101 @@ def test_wrong_answers_to_the_constraint_are_caught(wrong, check):
 
 def test_a_right_answer_to_the_constraint_meets_every_check():
     assert unmet(Geco) == set()
+
+
+# ---- and to the others
+
+def gate_open_at_0(logits, sample):
+    noise = torch.logit(torch.rand_like(logits), eps=1e-7) if sample else 0
+    soft = torch.sigmoid(logits + noise)
+    return (logits + noise >= 0).to(soft) + (soft - soft.detach())
+
+
+def gate_of_tame_noise(logits, sample):
+    noise = torch.logit(torch.rand_like(logits), eps=1e-2) if sample else 0
+    soft = torch.sigmoid(logits + noise)
+    return (logits + noise > 0).to(soft) + (soft - soft.detach())
+
+
+def output_without_gradient(q, k, v, gate_bias, causal=True, sample=False):
+    expected = gates.sparse_attention(q, k, v, gate_bias, causal)[1]
+    y, _, active = gates.sparse_attention(q, k, v, gate_bias.detach(), causal, sample)
+    return y, expected, active
+
+
+def expected_without_gradient(*arguments, **options):
+    y, expected, active = gates.sparse_attention(*arguments, **options)
+    return y, expected.detach(), active
+
+
+def output_of_another_draw(*arguments, **options):
+    y = gates.sparse_attention(*arguments, **options)[0]
+    return y, *gates.sparse_attention(*arguments, **options)[1:]
+
+
+def output_of_hard_gates(q, k, v, gate_bias, causal=True, sample=False):
+    y = gates.sparse_attention(q, k, v, gate_bias, causal, False)[0]
+    return y, *gates.sparse_attention(q, k, v, gate_bias, causal, sample)[1:]
+
+
+def picked_on_the_held_out(model, idx, train_rows, held_out):
+    return toy.find_carry_edge(model, idx, held_out, held_out)
+
+
+def carry_by_row(model, idx, train_rows, held_out):
+    """As if a row's number said which sum it is."""
+    return toy.find_carry_edge(model, toy.addition_data()[0], train_rows, held_out)
+
+
+def absolute_after_the_mean(model, clean, corrupt, metric, small):
+    scores, names = P.edge_scores(model, clean, corrupt, metric).mean(0).abs(), P.nodes(model.config)
+    return {(s, d) for s, d in P.edge_names(model.config) if scores[names.index(s), names.index(d) - 1] < small
+            and P.exact_edge_score(model, clean, corrupt, metric, s, d).mean().abs() > 10 * small}
+
+
+def one_more_than_are_below(curve, share):
+    n = int((curve < share).sum())
+    return n if n < len(curve) else None
+
+
+def a_hook_that_looks_is_left(model, clean, corrupt, layer, head):
+    model.h[layer].attn.c_proj.register_forward_pre_hook(lambda *_: None)
+    return reference("patch_head").patch_head(model, clean, corrupt, layer, head)
+
+
+def strongest_with_its_sign(pattern, v, gradient):
+    pairs = torch.einsum("hij,hid,hjd->hj", pattern, gradient, v)
+    return divmod(int(pairs.argmax()), pairs.shape[1])
+
+
+@pytest.mark.parametrize("check, wrong", [
+    (check_gate.test_without_noise_a_gate_is_open_where_its_logit_is_positive, dict(sample_gates=gate_open_at_0)),
+    (check_gate.test_gates_are_bits_and_open_with_probability_sigmoid, dict(sample_gates=gate_of_tame_noise)),
+    *((check_attention.test_one_draw_makes_output_share_and_gradient, dict(sparse_attention=wrong)) for wrong in (
+        output_without_gradient, expected_without_gradient, output_of_another_draw, output_of_hard_gates)),
+    (check_carry.test_it_is_picked_on_one_set_and_reported_on_the_other, dict(find_carry_edge=picked_on_the_held_out)),
+    (check_carry.test_shares_are_those_of_the_held_out_sums, dict(find_carry_edge=carry_by_row)),
+    (check_attribution.test_edges_that_open_a_gate_are_missed, dict(missed_edges=absolute_after_the_mean)),
+    (check_effect.test_a_curve_may_come_down_again, dict(needed=one_more_than_are_below)),
+    (check_patch_head.test_the_model_is_left_as_it_was, dict(patch_head=a_hook_that_looks_is_left)),
+    (check_sum_rule.test_the_strongest_pair, dict(strongest_key=strongest_with_its_sign))])
+def test_wrong_answers_are_caught(check, wrong):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=3, n_embd=12)).double().eval()
+    with pytest.raises(AssertionError):
+        check(SimpleNamespace(**wrong), *[model] * ("model" in inspect.signature(check).parameters))
+
+
+def test_an_answer_in_the_precision_of_its_logits_is_right():
+    def expected(loss, g):
+        p, total = torch.sigmoid(g), 0
+        for bits in itertools.product((0.0, 1.0), repeat=len(g)):
+            draw = torch.tensor(bits)
+            total += loss(draw) * torch.where(draw > 0, p, 1 - p).prod()
+        return total
+
+    answer = SimpleNamespace(hard=reference("hard_gates").hard, expected=expected)
+    torch.manual_seed(0)
+    for name, check in vars(check_hard_gates).items():
+        if name.startswith("test_"):
+            check(answer)
