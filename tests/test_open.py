@@ -139,11 +139,11 @@ def test_a_model_that_copies_is_right_and_one_that_guesses_is_not():
 
 
 def test_open_edges_by_distance(monkeypatch):
-    """One edge in all, 20 places back: of the distances 17 to 48 it is one of all edges there."""
+    """One edge in all, 20 places back: of the distances 16 to 31 it is one of all edges there."""
     maps = torch.zeros(1, 2, 1, far.T - 1, far.T - 1)
     maps[0, 1, 0, 50, 30] = 0.5
     found = far.open_by_distance(SimpleNamespace(attention_maps=lambda idx: maps), np.zeros((2, far.T)))
-    edges = sum(far.T - 1 - d for d in range(17, 49))
+    edges = sum(far.T - 1 - d for d in range(16, 32))
     assert found == pytest.approx([0, 0, 0.5 / edges, 0])
 
 
