@@ -1,10 +1,11 @@
 """Loss against edges over many runs, one dot each: Figure 2a as the paper draws it.
 
-    python -m extras.frontier RUN RUN ... [--control DENSE_RUN] [--out runs/frontier]
+    python -m extras.frontier RUN RUN ... [--control DENSE_RUN ...] [--out runs/frontier]
 
 RUN is the folder of a finished sparse run of train.py; the runs differ in --tau, --lam or --seed. A dot is the run's
-last evaluation: what one gets, not the luckiest moment. Prints a table, writes frontier.png and frontier.json.
-At the end: the least edges at which any run was no worse than the untouched model.
+last evaluation: what one gets, not the luckiest moment. Each run is compared with the control that starts from the
+same untouched model. Prints a table, writes frontier.png and frontier.json. At the end: the least edges at which any
+run was no worse than its untouched model.
 """
 import argparse
 import os
@@ -15,15 +16,16 @@ from support.log import read_run, share_at
 from support.report import control_row
 
 
-def outcome(run, control):
-    """What the table shows of one run, as a dict."""
+def outcome(run, controls):
+    """What the table shows of one run, as a dict. controls: folders of --dense runs, one for each untouched model."""
     args, base, rows = read_run(run)
     if args.dense or rows[-1]["step"] < args.steps:
         raise UserError(f"{run} is no finished sparse run: it {'has no gates' if args.dense else 'was stopped'}\n"
                         "leave it out, or finish it with --resume")
+    fitting = [control for control in controls if abs(read_run(control)[1].ce - base.ce) <= 1e-3] or controls
     return {"run": run, "seed": args.seed, "tau": base.tau, "val_ce": rows[-1]["val_ce"], "active": rows[-1]["active"],
             "untouched_ce": base.ce, "share_at_untouched_ce": share_at(rows, base.ce),
-            "control_ce": control_row(args, control, base)["val_ce"] if control else None}
+            "control_ce": control_row(args, fitting[0], base)["val_ce"] if fitting else None}
 
 
 def compare(args):
@@ -43,7 +45,7 @@ def main():
     parser = argparse.ArgumentParser(usage="python -m extras.frontier RUN RUN ... [options]",
                                      description="Loss against edges over many runs: Figure 2a.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished sparse run of train.py")
-    parser.add_argument("--control", help="folder of a --dense run, for all of them")
+    parser.add_argument("--control", nargs="+", default=[], help="folder of a --dense run for each untouched model")
     parser.add_argument("--out", default="runs/frontier", help="folder of the picture (default runs/frontier)")
     run_command(parser, compare)
 

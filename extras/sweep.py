@@ -1,7 +1,7 @@
 """Ablations: one option takes several values, the others stay as they are, three seeds each.
 
     python -m extras.sweep [--out runs/sweep]             of the toy: bias, tau, rate, start
-    python -m extras.sweep constraint                     of the small GPT: or distill, temperature, width
+    python -m extras.sweep constraint                     of the small GPT: or distill, frontier, temperature, width
 
 Every run is a command that you can give yourself, as short as the comparison allows, on one thread; as many run at a
 time as there are cores. A run that is in --out already is not made again, so a stopped sweep goes on.
@@ -32,10 +32,11 @@ SWEEPS = {    # command, option, its values; the one in brackets is the command'
     "start": (TOY, "--dense-steps", ("1", "[8000]")),    # gates from the first step on, or afterwards
     "constraint": (SMALL_GPT, "--constraint", ("sampled", "training", "[held-out]")),
     "distill": (SMALL_GPT, "--distill", ("[0]", "0.3", "1", "3")),
+    "frontier": (SMALL_GPT, "--tau", ("1.6", "[untouched]", "1.7", "1.8", "2")),    # then extras.frontier draws them
     "temperature": (SMALL_GPT, "--temperature", ("0.3", "[1]", "3")),
     "width": (SMALL_GPT, "--width", ("64", "[128]", "256")),
 }
-ONLY_SPARSE = "constraint", "distill", "temperature"    # options without a say in the dense phase
+ONLY_SPARSE = "constraint", "distill", "frontier", "temperature"    # options without a say in the dense phase
 
 
 def commands(name, seeds, out):
