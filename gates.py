@@ -43,12 +43,13 @@ def sample_gates(g, sample, temperature=1.0):
 def sparse_attention(q, k, v, gate_bias, causal=True, sample=False, temperature=1.0):
     """Equations (1) to (3).
 
-    q, k (B,H,T,D), v (B,H,T,any). gate_bias: b in units of the score, a number, or a tensor () or (H), one value for
-    each head, which gets its gradient. causal: allow only keys j <= i. sample, temperature: see `sample_gates`.
+    q, k (B,H,T,D), v (B,H,T,any). gate_bias: b in units of the score, a number, or a tensor of shape () or (H), one
+    value for each head; a tensor gets a gradient. causal: allow only keys j <= i. sample, temperature: see
+    `sample_gates`.
     Returns
       y         (B,H,T,any)  attention output (3), in v's dtype
       expected  (B,H)        sum of sigmoid(g) over allowed edges / their number: what training penalises
-      active    (B,H)        share of allowed edges whose gate is open in this very pass; reported of evaluations
+      active    (B,H)        share of allowed edges whose gate is open in this very pass
     Scores and gates are float32 or wider, also under autocast. Shapes that do not fit are a ValueError.
     """
     b = checked_bias(q, k, v, gate_bias)                                             # () or (H,1,1)

@@ -16,8 +16,8 @@ Loss below tau: lam shrinks and edges go. A training step, in both training loop
     optimizer.step()
     used = geco.update(seen)                      # each few steps. seen: the CE that the constraint looks at
 
-Each loop chooses this CE. The paper's is that of the batch that trains, with sampled gates. Ours is that of the model
-that will be kept: averaged weights and hard gates; in train.py on text that is not trained on.
+Each loop chooses this CE. The paper does not say which: most likely that of the batch that trains, with sampled gates.
+Ours is that of the model that will be kept: averaged weights and hard gates; in train.py on text not trained on.
 """
 import math
 

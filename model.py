@@ -47,8 +47,8 @@ def allowed_edges(config):
 class Output(NamedTuple):
     logits: torch.Tensor            # (B,T,V)
     loss: Optional[torch.Tensor]    # cross-entropy in nats per counted token, None without targets
-    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, differentiable
-    active_edges: torch.Tensor      # (L,H) open gates in this pass / allowed edges
+    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, differentiable; 1 without gates
+    active_edges: torch.Tensor      # (L,H) open gates in this pass / allowed edges; 1 without gates
 
 
 class SelfAttention(nn.Module):
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
         return self.project(z), expected.mean(0), active.mean(0)     # (B,T,C), (H), (H)
 
     def score_weights(self):
-        """The trained weights that make the scores: of each parameter that has rows of q and k, a view of these."""
+        """The trained weights that make the scores: views of the rows of q and k."""
         rows = 2 * self.config.n_embd
         return [p[:rows] for p in self.c_attn.parameters() if p.requires_grad and len(p) >= rows]
 
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    Config = GPTConfig                              # these two another family replaces
+    Config = GPTConfig                              # another family of models replaces these two
     from_layout = staticmethod(from_gpt2_layout)
 
     def __init__(self, config, generator=None):
@@ -153,10 +153,10 @@ class GPT(nn.Module):
         self.set_gates(config.gated)
 
     def set_gates(self, gated, gate_bias=None):
-        """Switch the gates on or off. On: thresholds that exist stay; new ones, or all if gate_bias is given, get
-        config.gate_bias. Off: they go.
+        """Switch the gates on or off. On: each head gets the bias b that is given, or keeps its own, or gets
+        config.gate_bias. Off: all b are deleted. A gate opens where s > -b, so -b is the head's threshold.
 
-        h.N.attn.gate_bias (H) is saved with the weights, but not trained unless its requires_grad is set.
+        b is h.N.attn.gate_bias (H): saved with the weights, but not trained unless its requires_grad is set.
         """
         config = self.config
         config.gated = gated

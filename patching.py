@@ -16,11 +16,11 @@ positions. Gates are hard.
 
 The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits as destinations w; q, k and v of a
 head read through one input. A head's output is its z, the mixture of values, times its rows of the output projection,
-whose bias belongs to no head. in_w is the residual stream as w reads it, before its LayerNorm. Its gradient on the
-corrupted run, or the mean of that over runs on the way to the clean one, is taken through w only. (8) is in the
-metric's units: a first-order estimate of what exact_edge_score measures. (7) restores k clean heads in a corrupted run.
-The paper's figures ask the other question, `metric_of_kept_heads`: k heads stay clean in a clean run, and all others
-write what they wrote in the corrupted one.
+whose bias belongs to no head. in_w is the residual stream as w reads it, before its LayerNorm. The gradient goes
+through w only, on the corrupted run, or as a mean over runs on the way to the clean one. (8) is in the metric's units:
+a first-order estimate of what exact_edge_score measures. (7) restores k clean heads in a corrupted run. The paper's
+figures ask the other question, `metric_of_kept_heads`: k heads stay clean in a clean run, and all others write what
+they wrote in the corrupted one.
 
 Every function below that runs the model calls `forward`, the model's pass written out.
 Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
@@ -150,7 +150,8 @@ def run_with_heads(model, tokens, z, chosen):
 
 
 def effects(model, source, tokens, metric, choices):
-    """(N,K): the metric on tokens, each choice of heads (1 or N, L, H) taken from the run on source; m(source) (N)."""
+    """(N,K): the metric on tokens, where the heads of each choice (1 or N, L, H) have their z of the run on source.
+    And m(source) (N)."""
     z, logits = outputs(model, source)
     m_source = metric(logits)
     m = m_source.new_empty(len(m_source), len(choices))    # a copy: what metric returns may hold on to all logits
@@ -225,7 +226,7 @@ def first_reaching(curve, share=SHARE):
 def edge_scores(model, clean, corrupt, metric, points=1):
     """(N,S,S) s(source, destination) by attribution (8), in the metric's units; pairs that are no edge hold 0.
 
-    points: the gradient is the mean over so many runs. In run p = 0 ... points - 1 the embedding is the corrupted one
+    points: the gradient is the mean over this many runs. In run p = 0 ... points - 1 the embedding is the corrupted one
     plus p / points of the way to the clean one, and all else follows (integrated gradients: EAP-IG, Hanna et al. 2024,
     arXiv 2403.17806). Run 0 is the corrupted run, so 1 point is attribution patching. A hard gate has no gradient: with
     1 point an edge whose effect runs through a gate that is shut there scores 0. On the way the gate opens, and the

@@ -81,10 +81,10 @@ def meets_constraint(found, tau):
 def adamw(model, lr, decay, steps, end):
     """The optimiser of a phase, and its learning rate: up to lr in 100 steps, then down on a cosine to lr * end.
 
-    decay: of c_attn's weights, which make q, k and v. A gate whose probability is near 0 or 1 has almost no gradient:
-    it would stay open without need, or shut by mistake. The decay pulls all scores towards 0, so a gate stays that sure
-    only if the loss needs it. In the dense phase the decay keeps attention spread over several keys: where it sits on
-    one key, the gates later close wrong edges. With gates a decay of 4 is too strong: in some runs needed edges close.
+    decay: of c_attn's weights, which make q, k and v. A gate whose probability is near 0 or 1 has almost no gradient,
+    so by itself it would stay as it is, right or wrong. The decay pulls all scores towards 0: such a gate stays only
+    where the loss holds it. In the dense phase the decay keeps attention spread over several keys: where it sits on one
+    key, the gates later close wrong edges. With gates a decay of 4 is too strong: in some runs needed edges close.
     """
     attention = [p for name, p in model.named_parameters() if name.endswith("c_attn.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("c_attn.weight")]
@@ -297,18 +297,17 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(usage="python toy_addition.py [options]    (--help lists them)",
-                                     description="Two-digit addition, dense and then sparse: Figure 1 of the paper.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     description="Two-digit addition, dense and then sparse: Figure 1 of the paper.")
     for name, kind, default, about in (
         ("--seed", between(int, 0, 2**31), 0, "of the initial weights, the batches and the gates"),
         ("--out", str, "runs/addition", "folder for pictures, checkpoints and summary.json"),
         ("--tau", between(float, 1e-6, 10.0), 0.003, "target cross-entropy, nats per answer digit"),
         ("--gate-bias", between(float, 0, 100.0), 0.0, "b: how far open the gates start"),
         ("--rate", between(float, 1e-6, 10.0), 0.1, "Geco's rate times tau: how fast lambda answers"),
-        ("--dense-steps", between(int, 1, 10**7), 8000, "most steps without gates: fewer, if all is right"),
+        ("--dense-steps", between(int, 1, 10**7), 8000, "steps without gates at most: ends when all is right"),
         ("--steps", between(int, 1, 10**7), 8000, "training steps with gates"),
     ):
-        parser.add_argument(name, type=kind, default=default, help=about)
+        parser.add_argument(name, type=kind, default=default, help=f"{about} (default {default})")
     parser.add_argument("--no-gif", action="store_true", help="no addition.gif, which takes some seconds")
     parser.add_argument("--layout", choices=SLOTS, default="reversed", help="how a sum is written: see the file's top")
     if not run_command(parser, run):

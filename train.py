@@ -55,8 +55,8 @@ def evaluate(model, tokens, place, args):
 
 
 def look_every(args):
-    """Steps from one look of lambda to the next. A look with hard gates costs a forward pass: a twelfth of the time of
-    four steps, less with --grad-accum."""
+    """Steps from one look of lambda to the next. A look with hard gates costs a forward pass, about a third of a step,
+    so each fourth step: a twelfth of the time, less with --grad-accum."""
     return 1 if args.constraint == "sampled" else 4
 
 
@@ -126,7 +126,7 @@ def twin(model):
 
 @torch.no_grad()
 def average(averaged, model, step):
-    """Move the trained weights of `averaged` towards model's: to the mean of all steps, later of the last 100 or so."""
+    """Move the trained weights of `averaged` towards model's: the mean of all steps, later of about the last 100."""
     for mean, new in zip(averaged.parameters(), model.parameters()):
         if new.requires_grad:
             mean.lerp_(new, max(0.01, 1 / (step + 1)))

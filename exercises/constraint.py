@@ -7,8 +7,8 @@ The loss to backpropagate is the Lagrangian edges + lam (CE - tau). It holds the
 moves lam and nothing else.
 
 Before you write: multiply lam by exp(rate Cbar) 10,000 times with Cbar = 5 and rate = 1. What does a float do? Now
-add rate Cbar to log lam as often, and clamp there. If lam itself is clamped at every step, the two are the same on
-paper: which of them can still overflow, in one step? Which sign must Cbar have for lam to fall, and what do the edges
+add rate Cbar to log lam as often, and clamp there. On paper, clamping lam at every step is the same as clamping log
+lam: which of the two can still overflow, in one step? Which sign must Cbar have for lam to fall, and what do the edges
 do then?
 """
 
@@ -28,7 +28,7 @@ class Geco:
         raise NotImplementedError
 
     def update(self, ce):
-        """One step of the two lines above. ce: a plain number; nan or inf raise FloatingPointError.
+        """One step of Cbar and lam. ce: a plain number; nan or inf raise FloatingPointError.
 
         Returns the lam that this step's objective used: the one before the update.
         """

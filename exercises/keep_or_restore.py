@@ -4,11 +4,11 @@ How much of a task do the k best heads carry? Two experiments answer, and their 
     restored   the corrupted run, in which k heads get the z that they have on the clean sentence
     kept       the clean run, in which all heads but k get the z that they have on the corrupted sentence
 
-`found = patching.outputs(model, tokens)[0]` is what everything writes in a run, the z of all heads among it. The logits
-of a run on other tokens, in which the heads with chosen (1 or N, L, H) = True have that z instead of their own, are
-`patching.run_with_heads(model, other, found, chosen)`.
+`found = patching.outputs(model, tokens)[0]` holds what a run writes, each head's z included.
+`patching.run_with_heads(model, other, found, chosen)` gives the logits on other tokens, where the heads with chosen
+(1 or N, L, H) = True take their z from `found`.
 
-Before you write: the last head of a model copies a name to the output; which one, earlier heads have found out. Restore
+Before you write: the last head of a model copies a name to the output; earlier heads have found out which. Restore
 only this head: what share of the effect comes back? Now keep only this head, while the heads it copies from are
 corrupted: what share is left? Which experiment can tell a model that needs 5 heads from one that needs 100?
 """

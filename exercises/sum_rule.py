@@ -6,7 +6,7 @@ carry,
     c_ij = P_ij  G_i . v_j
 
 Before you write: what does an edge with a closed gate carry? Why can one add up c over j, over i, over heads, and
-always get the effect of that part alone? What does this sum *not* see: what if another value opened a gate?
+always get the effect of that part alone? What does this sum *not* see: what if a change opened a gate?
 """
 
 

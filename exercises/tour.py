@@ -109,7 +109,7 @@ def tour(args):
     question, answer = encode(args.a, args.b, "reversed")
     idx = addition_data()[0][100 * args.a + args.b][None]                                # (1,T)
     found = ["".join(ALPHABET[n] for n in model(idx).logits[0, -3:].argmax(-1)) for model in (dense, sparse)]
-    say(f"1. The sum {args.a} + {args.b} is read as {question}; the answer stands backwards in the last slots",
+    say(f"1. The sum {args.a} + {args.b} is read as {question}; the answer goes backwards into the three slots",
         f"    {args.a} + {args.b} = {args.a + args.b}, three digits backwards: {answer}; the dense model says "
         f"{found[0]}, the sparse one {found[1]}",
         quote("toy_addition.py", "return f\"{a:02d}+"))

@@ -74,7 +74,7 @@ def prompts_of(models, data, count, length, seed):
         right &= torch.cat([likeliest(model, rows) for rows in idx.split(100)]) == targets
     if right.sum() < count:
         raise UserError(f"both models get the next token of only {right.sum()} of {len(idx)} prompts right\n"
-                        "pass fewer --prompts, or another --length")
+                        f"pass fewer --prompts{'' if data == 'addition' else ', or another --length'}")
     chosen = np.random.default_rng(seed).choice(right.nonzero()[:, 0].numpy(), count, replace=False)
     return idx[chosen], targets[chosen]
 
@@ -100,8 +100,8 @@ def largest_weights(model, tokens, counts):
 
 def carriers(frozen, graph):
     """Of the EDGES edges across positions that count most for the logit, fewer if there are fewer: what each head
-    carries of them from each key to each query, (E,L,H,T,T), by how much each counts, (E), and the share of all that
-    crosses positions which they are."""
+    carries of them from each key to each query, (E,L,H,T,T), by how much each counts, (E), and their share of all that
+    crosses positions."""
     position = torch.tensor([node.position for node in graph.nodes])
     counts = importance(graph.edges) * (position[:, None] != position)      # (S,S)
     best = counts.flatten().topk(EDGES)
@@ -224,6 +224,9 @@ def strongest(graph):
 def compare(args):
     folders = {"dense": args.dense, "sparse": args.sparse}
     runs = {name: read_json(os.path.join(folder, "args.json")) for name, folder in folders.items()}
+    for name, run in runs.items():
+        if "model" not in run:
+            raise UserError(f"{folders[name]} is no folder of extras.transcoder\npass one that it made")
     differ = [name for name in runs["dense"] if name not in ("model", *FREE)
               and runs["dense"][name] != runs["sparse"].get(name)]
     if differ:
@@ -267,8 +270,7 @@ def compare(args):
 
 def main():
     parser = argparse.ArgumentParser(usage="python -m extras.attribute --dense A --sparse B [options]",
-                                     description="Attention attribution: which heads and keys carry what?",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     description="Attention attribution: which heads and keys carry what?")
     for name in ("--dense", "--sparse"):
         parser.add_argument(name, required=True, help="a folder of python -m extras.transcoder")
     for name, kind, default, about in (
@@ -278,7 +280,7 @@ def main():
         ("--seed", between(int, 0, 2**31), 0, "of the prompts and the random ablations"),
         ("--out", str, "runs/attribution", "folder of attribution.json and the pictures"),
     ):
-        parser.add_argument(name, type=kind, default=default, help=about)
+        parser.add_argument(name, type=kind, default=default, help=f"{about} (default {default})")
     run_command(parser, compare)
 
 

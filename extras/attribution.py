@@ -40,15 +40,16 @@ class Graph(NamedTuple):
     nodes: list             # S of Node
     edges: torch.Tensor     # (S,S) from row to column; the columns of tokens, positions and errors are 0
     bias: torch.Tensor      # (S)
-    value: torch.Tensor     # (S) pre-activation of a feature, the logit; 0, as edges and bias, of features that `most`
-                            # of `attribution_graph` leaves out
+    value: torch.Tensor     # (S) pre-activation of a feature, the logit; 0, like edges and bias, for features that
+                            # `most` of Frozen.graph leaves out
 
 
 class Frozen:
     """A run of a model on tokens (T), linear in the stream, as all else is frozen; and the nodes that write into it."""
 
     def __init__(self, model, transcoder, tokens, target=None, against=None, keep=None):
-        """target, against: see attribution_graph. keep (L,H,T,T): of mlp_sites."""
+        """target: the logit node is that of this token (default: the likeliest), less the logit of the token `against`
+        or the mean logit. keep (L,H,T,T): of mlp_sites."""
         self.model, self.transcoder = model.eval(), transcoder
         L, C, T = model.config.n_layer, model.config.n_embd, len(tokens)
         with torch.no_grad():
@@ -130,7 +131,9 @@ class Frozen:
         return reads[node.layer][node.position] @ direction + (constant if bias else 0)
 
     def graph(self, most=None):
-        """See attribution_graph."""
+        """The Graph: one backward pass for each active feature, and one for the logit.
+
+        most: of each layer only this many features get their edges, those that count most for the logit."""
         S, L = len(self.nodes), self.model.config.n_layer
         graph = Graph(self.nodes, *(self.writes.new_zeros(shape) for shape in ((S, S), S, S)))
         position = torch.tensor([node.position for node in self.nodes])
@@ -152,7 +155,8 @@ class Frozen:
         return graph
 
     def split(self, source, target):
-        """See attention_split."""
+        """(20) for one edge of the graph: {layer: (carried (H,T,T) from key j to query i at [h,i,j], bypass, a number)}
+        for each layer between the two nodes. carried.sum() + bypass is the edge."""
         s, found = self.nodes.index(source), {}
         with torch.enable_grad():
             written = self.written([s]).requires_grad_()
@@ -189,21 +193,6 @@ def frozen_norm(norm, scale, x, bias):
         x = x - x.mean(-1, keepdim=True)
     x = x * scale if norm.weight is None else x * scale * norm.weight
     return x + norm.bias if bias and getattr(norm, "bias", None) is not None else x
-
-
-def attribution_graph(model, transcoder, tokens, target=None, against=None, most=None):
-    """The Graph of one prompt, tokens (T), for the logit of the token `target` after it (default: the likeliest), less
-    that of the token `against` or the mean logit. One backward pass for each active feature, and one for the logit.
-    most: of each layer only so many features get their edges, those that count most for the logit."""
-    return Frozen(model, transcoder, tokens, target, against).graph(most)
-
-
-def attention_split(model, transcoder, tokens, source, target, against=None):
-    """(20) for one edge of the graph, nodes as it names them: {layer: (carried (H,T,T) from key j to query i at
-    [h,i,j], bypass, a number)} for each layer between them: carried.sum() + bypass is the edge. against: the graph's.
-    """
-    index = target.index if target.kind == "logit" else None
-    return Frozen(model, transcoder, tokens, index, against).split(source, target)
 
 
 @torch.no_grad()

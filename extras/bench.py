@@ -159,13 +159,12 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python -m extras.bench [options]", description=__doc__.partition("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--lengths", type=between(int, 1, TOKENS), nargs="+", help="T",
+    parser = argparse.ArgumentParser(usage="python -m extras.bench [options]", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--lengths", type=between(int, 1, TOKENS), nargs="+", help="T (default 128 256 ... 4096)",
                         default=[128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--plain-up-to", type=between(int, 0, 2**20), default=2048,
-                        help="longest T of the plain definition: at 4,096 it takes 10 GB")
-    parser.add_argument("--repeats", type=between(int, 1, 1000), default=5, help="timed calls of each")
+                        help="longest T of the plain definition (default 2048); at 4,096 it takes over 5 GB")
+    parser.add_argument("--repeats", type=between(int, 1, 1000), default=5, help="timed calls of each (default 5)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one, else cpu")
     parser.add_argument("--patching", action="store_true", help="time patching.py instead: 4 minutes on 2 cores")
     parser.add_argument("--plot", metavar="PATH", help="draw the table into this file")

@@ -24,7 +24,7 @@ from support.files import UserError, between, make_folder, pick_device, run_comm
 USABLE = 0.1       # least m(clean) - m(corrupt) of a pair that has an effect to explain, in the metric's units
 FAILS = 0.8        # a model that is right in a smaller share of the clean sentences does not do the task
 BATCH = 25         # pairs at a time: with every source's output held, 1 GB for GPT-2 small and 40 positions
-EVERY_HEAD = 32    # up to so many heads each number of them is tried, then steps of about a tenth
+EVERY_HEAD = 32    # up to here each number of heads is tried, then steps of about a tenth
 EDGE_SAMPLE = 30   # edges that are also patched for real
 KINDS = ("per sentence", "global")    # a ranking for each pair, or one by the mean score over all pairs
 
@@ -84,7 +84,7 @@ def measure(model, pairs, m_clean, m_corrupt, points, seed):
         m = batched(P.metric_of_first_heads, model, pairs, order, counts=counts)
         explained = P.share_of_effect(m, m_clean)
         m = batched(P.metric_of_kept_heads, model, pairs, order, counts=counts)
-        kept_heads = P.share_of_effect(m, m[:, -1])                                   # from no head kept to all
+        kept_heads = P.share_of_effect(m, m[:, -1])    # no head kept: m(corrupt), as both end in the same token
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
         needed = P.first_reaching(shares)
         nodes, between_heads = size(P.top_edges(by_edge, needed or 0, model.config), model.config)
@@ -200,8 +200,8 @@ def compare(args):
     both, skipped = usable.all(0), (~usable).sum(1).tolist()
     if not both.any():
         raise UserError(f"no usable pair: in none is m(clean) - m(corrupt) at least {USABLE} in both models\n"
-                        f"too small in {skipped[0]} (dense) and {skipped[1]} (sparse) of {args.pairs}: they do not do "
-                        "this task")
+                        f"too small in {skipped[0]} (dense) and {skipped[1]} (sparse) of {args.pairs}: take another "
+                        "--task, or models that do this one")
     found, notes = {}, []
     for (name, m), few in zip(metrics.items(), skipped):
         mean, right = m.mean(1).tolist(), (m > 0).double().mean(1).tolist()
@@ -240,11 +240,11 @@ def main():
     parser.add_argument("--points", type=between(int, 1, 1000), default=10,
                         help="at which an edge's gradient is taken; 1: attribution patching (default 10)")
     parser.add_argument("--corruption", choices=("abc", "swap"),
-                        help="of ioi: three fresh names (default), or the second subject swapped")
+                        help="of ioi and ioi-long: three fresh names (default), or the second subject swapped")
     parser.add_argument("--template", choices=("ours", "paper"),
-                        help="of ioi and greater-than: sentences of ours (default), or those of the tasks' own papers")
+                        help="of ioi, ioi-long and greater-than: sentences of ours (default), or of the tasks' papers")
     parser.add_argument("--out", help="folder for pictures and scores.json (default runs/patching-TASK)")
-    parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the sentences and sampled edges")
+    parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of sentences and edges (default 0)")
     run_command(parser, compare)
 
 

@@ -68,9 +68,10 @@ def compare(args):
     models = load_models(args)
     longest = min(args.longest, *(model.config.block_size for model in models.values()))
     tokens = load(args.data, encoding_of(models["dense"]))[1]
-    if longest < 4 or len(tokens) < longest + 2:    # a copy needs two tokens twice, an error bar two places
-        raise UserError(f"a context of {longest} is below 4, or {args.data} has too few validation tokens for it\n"
-                        "pass more text, another --longest, or models that read more")
+    if longest < 4:    # a copy needs two tokens twice
+        raise UserError(f"a context of {longest} is below 4\npass another --longest, or models that read more")
+    if len(tokens) < longest + 2:    # an error bar needs two places
+        raise UserError(f"{args.data} has too few validation tokens for a context of {longest}\npass more text")
     make_folder(args.out)
     ends = np.unique(np.linspace(longest, len(tokens) - 1, args.windows).astype(int))    # the same for every length
     lengths = [2 ** n for n in range(longest.bit_length())]                   # 1, 2, 4, ... <= longest

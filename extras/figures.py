@@ -10,7 +10,7 @@ from support.figures import plt, save
 STYLES = {"dense": dict(color="black", ls="-", lw=2.2), "sparse": dict(color="C1", ls="--", lw=1.6)}
 CUT = dict(color="C0", ls=":", lw=2)
 MARKS = {"embedding": "s", "position": "^", "feature": "o", "error": "x", "logit": "D"}
-NAMED = 60    # a circuit of at most so many nodes shows their names
+NAMED = 60    # a circuit with at most this many nodes shows their names
 SPEED_STYLES = {"plain": dict(color="C3", ls=":", label="plain definition"),
                 "ours": dict(color="C0", ls="-", label="ours"),
                 "dense": dict(color="black", ls="--", label="fused, dense")}

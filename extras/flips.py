@@ -78,7 +78,7 @@ def run(args):
     scores, gates = flip_scores(model, tokens, metric)                               # (N,L,H,T,T)
     estimated, true = torch.stack([scores[:, *edge] for edge in edges]), true_flips(model, tokens, metric, edges)
     size, guess = true.abs().mean(1), estimated.abs().mean(1)                        # (n)
-    print(f"\n{'edge':32}{'open':>7}{'change of m':>15}{'by (21)':>11}{'its rank':>10}")
+    print(f"\n{'edge':32}{'open':>7}{'change of m':>15}{'estimate':>11}{'its rank':>10}")
     for n in size.argsort(descending=True)[:SHOWN].tolist():
         l, h, i, j = edges[n]
         name = f"layer {l}, head {h}: {i} reads {j}"
@@ -86,8 +86,8 @@ def run(args):
         print(f"{name:32}{gates[:, l, h, i, j].mean():7.1%}{size[n]:15.3f}{guess[n]:11.3f}{rank:10}")
     agreement = spearman(estimated.flatten().numpy(), true.flatten().numpy())
     found = "none, as one of them is constant" if agreement is None else f"{agreement:.2f}"
-    print("\nmean |change| over the sentences; rank correlation of (21) with the true flips, over all sentences and "
-          f"edges: {found}")
+    print("\nmean |change| over the sentences; rank correlation of the estimate with true flips, over all sentences "
+          f"and edges: {found}")
 
 
 def main():
@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--pairs", type=between(int, 1, 1000), default=100,
                         help="of sentences, all in memory at once (default 100)")
     parser.add_argument("--flips", type=between(int, 2, 10**6), default=500, help="random edges (default 500)")
-    parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of sentences and edges")
+    parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of sentences and edges (default 0)")
     run_command(parser, run)
 
 

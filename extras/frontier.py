@@ -21,7 +21,7 @@ def outcome(run, controls):
     args, base, rows = read_run(run)
     if args.dense or rows[-1]["step"] < args.steps:
         raise UserError(f"{run} is no finished sparse run: it {'has no gates' if args.dense else 'was stopped'}\n"
-                        "leave it out, or finish it with --resume")
+                        f"leave it out{'' if args.dense else ', or finish it with --resume'}")
     fitting = [control for control in controls if abs(read_run(control)[1].ce - base.ce) <= 1e-3] or controls
     return {"run": run, "seed": args.seed, "tau": base.tau, "val_ce": rows[-1]["val_ce"], "active": rows[-1]["active"],
             "untouched_ce": base.ce, "share_at_untouched_ce": share_at(rows, base.ce),

@@ -128,8 +128,8 @@ class Llama(GPT):
         nn.Module.__init__(self)
         C, H = config.n_embd, config.n_head
         if min(getattr(config, name) for name in SIZES) < 1 or C % (2 * H) or H % config.n_kv_head:
-            raise UserError(f"no Llama has these sizes: {config}\n"
-                            "expected n_embd a multiple of 2 n_head, and n_head one of n_kv_head")
+            raise UserError(f"no Llama has {C} = n_embd, {config.n_head} = n_head, {config.n_kv_head} = n_kv_head\n"
+                            "expected n_embd a multiple of 2 n_head, and n_head a multiple of n_kv_head")
         self.config, self.notes, self.recompute = config, {}, False
         self.wte = nn.Embedding(config.vocab_size, C)
         self.h = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))

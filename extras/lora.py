@@ -43,7 +43,8 @@ def add_adapters(model, rank, everything=False, dtype=torch.float32, generator=N
             module.to(dtype)
             parent, _, kind = name.rpartition(".")
             if everything or kind in QUERY_KEY:
-                rows = module.out_features * (2 if kind == "c_attn" and not everything else 3) // 3
+                rows = module.out_features
+                rows = rows * 2 // 3 if kind == "c_attn" and not everything else rows
                 setattr(model.get_submodule(parent), kind, Adapted(module, rank, rows, generator))
     return model
 

@@ -74,7 +74,7 @@ def one_run(line, folder):
 
 
 def run_all(runs, at_once):
-    """Every (command line, folder) of runs, so many at a time."""
+    """Every (command line, folder) of runs, at_once at a time."""
     with ThreadPoolExecutor(at_once) as pool:    # after a failure or Ctrl-C, map starts no further run
         list(tqdm(pool.map(one_run, *zip(*runs)), total=len(runs), desc="runs"))
 

@@ -45,7 +45,7 @@ def one_token(words, encoding, needed):
     good = [" " + word for word in words.split() if len(encoding.encode_ordinary(" " + word)) == 1]
     if len(good) < needed:
         raise UserError(f"only {len(good)} of the words {words[:15]}... are one token in the vocabulary "
-                        f"{encoding.name}\nthis task needs {needed}; copy fits every vocabulary")
+                        f"{encoding.name}\nthis task needs {needed}: take --task copy")
     return good
 
 
@@ -130,7 +130,7 @@ def greater_than(n, seed, template="ours", encoding=None):
     years = sorted((c, y) for c, y in split_years if y > 1 and (c, 1) in split_years)
     if not years or any(len(tokens) > 1 for tokens in numbers):
         raise UserError(f"years do not split into century and two digits in the vocabulary {encoding.name}\n"
-                        "copy fits every vocabulary")
+                        "take --task copy")
     nouns = one_token(NOUNS, encoding, 1)
     for _ in range(n):
         sentence, noun = GREATER_THAN[template][rng.integers(len(GREATER_THAN[template]))], rng.choice(nouns)

@@ -28,7 +28,7 @@ def encoding_of(model):
         except UserError as error:
             raise UserError(f"{error}; or put a tokenizer.json beside the weights") from error
     if not os.path.exists(path):
-        raise UserError(f"{path} is gone, with which this model was made\nput it there again")
+        raise UserError(f"{path}, this model's tokenizer, is gone\nput it back")
     encoding = tokenizer_encoding(path)
     if encoding.n_vocab > V:
         raise UserError(f"{path} has {encoding.n_vocab} tokens, the model {V}\n"
@@ -100,7 +100,7 @@ def check_merges(model, learned):
 
 
 def read_tokenizer(tokenizer, name):
-    """The content of a tokenizer.json as an encoding. NotImplementedError: what it asks for and is not here."""
+    """The content of a tokenizer.json as an encoding. NotImplementedError if it asks for what is not here."""
     model, added = tokenizer["model"], tokenizer.get("added_tokens", [])
     require(model.get("type", "BPE") == "BPE" and "merges" in model, f"a {model.get('type')} model")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "unk_token"):
@@ -138,4 +138,5 @@ def tokenizer_encoding(path):
         raise UserError(f"{path}: {error} is not implemented here\n"
                         "expected byte-level BPE like that of GPT-2, SmolLM2, OLMo or Llama 3") from error
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no tokenizer.json\n{type(error).__name__}: {first_line(error)}") from error
+        raise UserError(f"{path} is no tokenizer.json ({type(error).__name__}: {first_line(error)})\n"
+                        "download it again") from error

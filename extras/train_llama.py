@@ -14,15 +14,16 @@ from support.files import UserError, between
 
 OPTIONS = (
     ("lora-rank", between(int, 0, 10**4), 0, "train adapters of this rank on q and k, not the weights; 0: off"),
-    ("lora-all", bool, False, "adapters on every linear layer"),
+    ("lora-all", bool, False, "with --lora-rank: adapters on every linear layer"),
 )
 
 
 def adapt(model, args):
     """Put the adapters that args ask for on the model: before it goes to the device, where frozen weights take half."""
-    if args.lora_all and not args.lora_rank or args.lora_rank and args.init == "scratch":
-        raise UserError("--lora-rank adapts a model that is there, and --lora-all its other layers too\n"
-                        "pass --init PATH --lora-rank 8")
+    if args.lora_all and not args.lora_rank:
+        raise UserError("--lora-all says where adapters go, not of which rank\npass --lora-rank 8 with it")
+    if args.lora_rank and args.init == "scratch":
+        raise UserError("adapters need a trained model, not --init scratch\npass --init PATH")
     if args.lora_rank:
         generator = torch.Generator().manual_seed(args.seed)
         add_adapters(model, args.lora_rank, args.lora_all, getattr(torch, args.dtype), generator)

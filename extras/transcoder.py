@@ -250,7 +250,8 @@ def read(path, model, device):
         saved = torch.load(path, map_location=device, weights_only=True)
         saved = {name: saved[name] for name in names}
     except BAD_PICKLE as error:
-        raise UserError(f"{path} holds no transcoder\n{first_line(error)}") from error
+        raise UserError(f"{path} holds no transcoder ({first_line(error)})\n"
+                        "pass a folder that python -m extras.transcoder made") from error
     if saved["of"] != fingerprint(model):
         raise UserError(f"{path} is the transcoder of a model with other weights\ntrain one for this model, in another "
                         "--out")
@@ -314,7 +315,7 @@ def run(args):
     args.device = pick_device(args.device)
     model = load_model(args.model).to(args.device).requires_grad_(False)
     tokens, *unseen = material(args, model)
-    write_json(path, options)    # after what may be a mistake: the line put right may use the same folder
+    write_json(path, options)    # last: after an error above, the corrected command can use the same folder
     transcoder = train(model, tokens, args)
     found = quality(model, transcoder, *(t.to(args.device) for t in unseen))
     explained = "  ".join(f"{x:.3f}" for x in found["explained"])
@@ -330,8 +331,7 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(usage="python -m extras.transcoder --model A --data stdlib [options]",
-                                     description="A cross-layer transcoder: sparse features in place of all MLPs.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     description="A cross-layer transcoder: sparse features in place of all MLPs.")
     parser.add_argument("--model", required=True, help="a GPT-2 name, a path, or a checkpoint of ours")
     parser.add_argument("--data", required=True, help="as --data of train.py, or addition")
     for name, kind, default, about in (
@@ -341,13 +341,14 @@ def main():
         ("--sparsity", between(float, 0.0, 1.0), 0.01, "with --activation jump: the price of an active feature"),
         ("--steps", between(int, 1, 10**7), 2000, "of about 1,024 tokens, one window at least"),
         ("--lr", between(float, 1e-9, 1.0), 2e-3, "peak learning rate"),
-        ("--windows", between(int, 1, 10**6), 64, "validation windows that its quality is measured on"),
+        ("--windows", between(int, 1, 10**6), 64, "validation windows that measure the quality; of sums all held-out"),
         ("--seed", between(int, 0, 2**31), 0, "of weights and batches"),
     ):
-        parser.add_argument(name, type=kind, default=default, help=about)
+        parser.add_argument(name, type=kind, default=default, help=f"{about} (default {default})")
     parser.add_argument("--per-layer", action="store_true", help="features write to their own layer only")
-    parser.add_argument("--activation", choices=("topk", "jump"), default="topk", help="which features are active")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="cuda if there is one, else cpu")
+    parser.add_argument("--activation", choices=("topk", "jump"), default="topk",
+                        help="active: topk, the --k largest features (default); jump, those above a learned threshold")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda if there is one, else cpu")
     run_command(parser, run)
 
 

@@ -49,7 +49,7 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:    # requests' errors are OSErrors; ValueError: wrong hash
-        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nTIKTOKEN_CACHE_DIR names a folder "
+        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nset TIKTOKEN_CACHE_DIR to a folder "
                         "that has it; python train.py --init scratch --data stdlib needs none") from error
 
 
@@ -71,7 +71,7 @@ def windows_at(tokens, starts, T):
 
 
 def spread(tokens, T, most):
-    """At most so many windows, evenly spread over all -> idx (N,T) and next tokens (N,T)."""
+    """At most `most` windows, evenly spread over all -> idx (N,T) and next tokens (N,T)."""
     windows = (len(tokens) - 1) // T
     return windows_at(tokens, np.linspace(0, windows - 1, min(windows, most)).astype(int) * T, T)
 
@@ -202,4 +202,5 @@ def read_tokens(path, encoding):
     try:
         return np.memmap(path, token_type(encoding), "r")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tokens in {path}: {error}\ndelete it, or pass another --data") from error
+        raise UserError(f"cannot read the tokens in {path}: {error}\n"
+                        "if you did not name this file, delete its folder and run again; else pass another") from error

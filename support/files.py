@@ -17,7 +17,8 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    return str(error).partition("\n")[0][:160]
+    """What went wrong, without the path, which the message has named."""
+    return (getattr(error, "strerror", None) or str(error)).partition("\n")[0][:160]
 
 
 def between(kind, low, high):
@@ -32,8 +33,8 @@ def between(kind, low, high):
 
 
 def run_command(parser, function):
-    """What function(args) returns, args from the command line. A user's mistake ends in its message and exit code 2,
-    Ctrl-C in code 1."""
+    """Parse the command line and return function(args). A user's mistake prints its message and exits with code 2,
+    Ctrl-C exits with code 1."""
     args = parser.parse_args()
     try:
         return function(args)
@@ -95,7 +96,7 @@ def read_json(path):
         if not isinstance(content, dict):
             raise ValueError("expected a JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}\n{first_line(error)}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}\npass a path at which this file is whole") from error
     return content
 
 

@@ -34,7 +34,7 @@ class Log:
                 self.geco.load_state_dict(state["geco"])
 
     def mend(self):
-        """After a kill: take away what it left half-written, and give log.csv the row that it may lack."""
+        """After a kill: delete half-written files, and add the row that log.csv may lack."""
         for leftover in Path(self.out).glob("tmp-*"):
             leftover.unlink()
         if self.rows:
@@ -73,7 +73,7 @@ def read_run(out):
         if not rows:
             raise ValueError("it holds no evaluation yet")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path}\n{first_line(error)}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}\npass the folder of a run") from error
     return args, base, rows
 
 

@@ -1,7 +1,7 @@
 """Losses over a large vocabulary, a part of the logits at a time.
 
-The logits are the largest tensor of a language model's step. Beyond CELLS of them no float32 copy is ever whole: each
-part is computed by itself, and once more in the backward pass. Shapes: B batch, T positions, V vocabulary.
+The logits are the largest tensor of a language model's step. Beyond CELLS of them the float32 copy is made in parts:
+each is computed by itself, and once more in the backward pass. Shapes: B batch, T positions, V vocabulary.
 """
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint

@@ -41,11 +41,11 @@ OPTIONS = (    # name, type (or choices), default, help
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, *LAM_RANGE), 0.1, "lambda at the start: small, and edges go at once, before it grows"),
     ("rate", between(float, 1e-9, 100.0), 0.02, "kappa of GECO, per step: how fast lambda answers"),
-    ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: how long Cbar remembers"),
+    ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: the memory of C's average"),
     ("distill", between(float, 0.0, math.inf), 0.0, "weight of KL(untouched || sparse) beside the CE, both times "
      "lambda; inf: in its place"),
     ("eval-every", COUNT, 100, "steps between evaluations"),
-    ("eval-windows", COUNT, 128, "sequences of the validation split they read"),
+    ("eval-windows", COUNT, 128, "validation sequences that an evaluation reads"),
     ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates; if --init was trained here, "
      "take another than it had: the same one reads the same windows again"),
     ("device", ("cuda", "mps", "cpu"), None, "default: cuda if there is one, else cpu"),
@@ -96,14 +96,14 @@ def settle(given, more=()):
         if "processes" not in saved:
             raise UserError(f"{args.resume} is no run of train.py\npass a folder that it made")
         if saved["processes"] != processes:
-            raise UserError(f"{args.resume} was started by {saved['processes']} processes, these are {processes}\n"
+            raise UserError(f"{args.resume} was started with {saved['processes']} processes, not {processes}\n"
                             f"resume it with torchrun --nproc_per_node={saved['processes']}")
         return argparse.Namespace(**defaults(saved["init"], more) | saved | {"out": args.resume})
     if args.control:
         raise UserError("--control is for the report of a finished run\npass it with --report RUN")
     refused = given.keys() & SCRATCH_ONLY if args.init != "scratch" else set()
     if refused:
-        raise UserError(f"{listed(refused)} need --init scratch\nleave them out, or train a model from scratch")
+        raise UserError(f"only --init scratch has {listed(refused)}\nleave that out, or train a model from scratch")
     refused = given.keys() & SPARSE_ONLY if args.dense else set()
     if refused:
         raise UserError(f"--dense is the control: it has no constraint and no gates\nleave {listed(refused)} out")

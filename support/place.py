@@ -35,7 +35,7 @@ class Place:
         return (total / self.size).tolist()
 
     def any(self, here):
-        """Is it so on any rank?"""
+        """Is `here` true on any rank?"""
         return self.mean(bool(here))[0] > 0
 
     def wait(self):

@@ -11,7 +11,7 @@ from support.options import OPTIONS
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
-# A control must agree with us in SHARED, and in every option that another loader adds: in none of OURS.
+# A control must agree with us in SHARED, and in every option outside OURS: those that another loader adds.
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
           "weight_decay", "dtype")
 OURS = {"processes", *(name.replace("-", "_") for name, *_ in OPTIONS)}

@@ -116,7 +116,8 @@ def from_gpt2_layout(tensors, hf, path, n_head=None):
     layers = [int(name.split(".")[1]) for name in tensors if re.match(r"h\.\d+\.", name)]
     n_head = n_head or hf.get("n_head") or (C // 64 if C % 64 == 0 else None)
     if n_head is None:
-        raise UserError(f"{path}: the number of heads is unknown (width {C}, no config.json)\npass n_head=...")
+        raise UserError(f"{path}: the number of heads is unknown (width {C}, no config.json)\n"
+                        "put the model's config.json beside it")
     n_layer = max(1 + max(layers, default=-1), hf.get("n_layer", 0))    # a layer that is not there gets named
     return tensors, dict(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=C)
 
@@ -130,7 +131,7 @@ def make_config(Config, fields, overrides, path):
     config = Config(**{**fields, **overrides})
     if config.block_size > fields["block_size"]:
         raise UserError(f"{path} reads at most {fields['block_size']} positions, not {config.block_size}\n"
-                        "pass a smaller block_size")
+                        "pass a smaller --block-size")
     return config
 
 

@@ -33,7 +33,7 @@ def live_logits(model, keep):
 def test_edges_that_are_not_kept_are_closed_gates(kind):
     """Without its gates, but with only the edges that they leave open, a gated model has the graph that it had."""
     model, transcoder = example(kind)
-    graph = A.attribution_graph(model, transcoder, TOKENS, 4)
+    graph = A.Frozen(model, transcoder, TOKENS, 4).graph()
     keep = (model.attention_maps(TOKENS[None])[:, 0] > 0).double()
     model.set_gates(False)
     assert 0.2 < keep.mean() / 0.6 < 0.9    # 0.6 of 5 x 5 are allowed
@@ -70,13 +70,13 @@ def test_the_intervention_by_hand():
 
 def test_only_the_features_that_count_most_get_their_edges():
     model, transcoder = example("gpt")
-    whole, few = (A.attribution_graph(model, transcoder, TOKENS, 4, most=most) for most in (None, 2))
+    whole, few = (A.Frozen(model, transcoder, TOKENS, 4).graph(most) for most in (None, 2))
     done = few.edges.abs().sum(0) > 0
     assert torch.equal(few.edges[:, done], whole.edges[:, done]) and torch.equal(few.value[done], whole.value[done])
     last = [n for n, node in enumerate(whole.nodes) if node.kind == "feature" and node.layer == 2]
     best = sorted(last, key=lambda n: -whole.edges[n, -1].abs())[:2]
     assert sorted(n for n in last if done[n]) == sorted(best) and done.sum() == 7 and len(last) > 5
-    everything = A.attribution_graph(model, transcoder, TOKENS, 4, most=10**6)
+    everything = A.Frozen(model, transcoder, TOKENS, 4).graph(10**6)
     assert torch.equal(everything.edges, whole.edges)
 
 
@@ -92,7 +92,7 @@ def test_what_the_strongest_edges_are_carried_by():
     assert c.shape == (20, 3, 2, 5, 5) and weights.tolist() == pytest.approx([counts[edge] for edge in best])
     assert held == pytest.approx(sum(weights.tolist()) / sum(counts.values()))
     for row, (s, t) in zip(c, best):
-        split = A.attention_split(model, transcoder, TOKENS, graph.nodes[s], graph.nodes[t])
+        split = frozen.split(graph.nodes[s], graph.nodes[t])
         for m, h, i, j in np.ndindex(3, 2, 5, 5):
             expected = split[m][0][h, i, j].item() if m in split and i != j else 0
             assert row[m, h, i, j].item() == pytest.approx(expected, abs=1e-12)
@@ -195,7 +195,7 @@ def test_the_command(kind, folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("kind, more, told", [
     ("text", ("--length", "25"), "--length 25 is too long: the model reads 24 tokens, the validation text has"),
     ("text", ("--prompts", "100000"), "pass fewer --prompts, or another --length"),
-    ("text", ("--dense", "FOLDER/nowhere"), "nowhere/args.json\n"),
+    ("text", ("--dense", "FOLDER/nowhere"), "nowhere/args.json: No such file"),
     ("text", ("--dense", "FOLDER/sums-dense"), "were trained with other data\n"),
 ])
 def test_mistakes_are_told_in_three_lines(kind, more, told, folder, tmp_path, monkeypatch, capsys):

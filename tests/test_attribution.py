@@ -42,7 +42,7 @@ def pre_activations(model, transcoder):
 @pytest.mark.parametrize("activation, cross", [("topk", True), ("jump", True), ("topk", False)])
 def test_what_enters_a_node_adds_up_to_its_value(kind, activation, cross):
     model, transcoder = example(kind, activation, cross)
-    graph = A.attribution_graph(model, transcoder, TOKENS, 4)
+    graph = A.Frozen(model, transcoder, TOKENS, 4).graph()
     logits = model(TOKENS[None]).logits[0, -1]
     expected = pre_activations(model, transcoder)
     seen = {(n.layer, n.position, n.index): graph.value[i].item() for i, n in enumerate(graph.nodes)
@@ -55,8 +55,8 @@ def test_what_enters_a_node_adds_up_to_its_value(kind, activation, cross):
     kinds = [n.kind for n in graph.nodes]
     assert kinds.count("embedding") == 5 and kinds.count("error") == 15
     assert kinds.count("position") == (5 if kind == "gpt" else 0)
-    assert A.attribution_graph(model, transcoder, TOKENS).nodes[-1].index == logits.argmax()
-    pair = A.attribution_graph(model, transcoder, TOKENS, 4, against=9)
+    assert A.Frozen(model, transcoder, TOKENS).graph().nodes[-1].index == logits.argmax()
+    pair = A.Frozen(model, transcoder, TOKENS, 4, against=9).graph()
     assert pair.value[-1].item() == pytest.approx((logits[4] - logits[9]).item(), abs=1e-9)
 
 
@@ -64,7 +64,7 @@ def test_what_enters_a_node_adds_up_to_its_value(kind, activation, cross):
 def test_all_nodes_together_are_the_model(kind):
     """And each alone moves each target by its edge, in a run from which its vectors are taken away."""
     model, transcoder = example(kind)
-    graph = A.attribution_graph(model, transcoder, TOKENS, 4)
+    graph = A.Frozen(model, transcoder, TOKENS, 4).graph()
     frozen = A.Frozen(model, transcoder, TOKENS, 4)
     everything = frozen.written(range(len(graph.nodes))) + frozen.constant
     last = frozen.run(everything, A.WITH_BIAS)[1]
@@ -81,13 +81,13 @@ def test_all_nodes_together_are_the_model(kind):
 @ALL
 def test_heads_keys_and_bypass_add_up_to_the_edge(kind):
     model, transcoder = example(kind)
-    graph = A.attribution_graph(model, transcoder, TOKENS, 4)
+    graph = A.Frozen(model, transcoder, TOKENS, 4).graph()
     maps, checked = model.attention_maps(TOKENS[None])[:, 0], 0
     chosen = [(s, t) for s, t in graph.edges.abs().gt(1e-6).nonzero().tolist()
               if graph.nodes[s].position < graph.nodes[t].position][::7]
     for s, t in chosen + [(0, len(graph.nodes) - 1)]:
         source, target = graph.nodes[s], graph.nodes[t]
-        split = A.attention_split(model, transcoder, TOKENS, source, target)
+        split = A.Frozen(model, transcoder, TOKENS, 4).split(source, target)
         for m, (carried, bypass) in split.items():
             assert carried.shape == (2, 5, 5) and carried[maps[m] == 0].eq(0).all()    # a closed gate, or a later key
             assert carried.sum().item() + bypass == pytest.approx(graph.edges[s, t].item(), abs=1e-9)
@@ -103,11 +103,11 @@ def test_with_every_gate_shut_all_passes_by():
     model, transcoder = example("gpt")
     for block in model.h:
         block.attn.gate_bias.fill_(-1e9)
-    closed = A.attribution_graph(model, transcoder, TOKENS, 4)
+    closed = A.Frozen(model, transcoder, TOKENS, 4).graph()
     s = next(i for i, n in enumerate(closed.nodes) if n.kind == "feature" and n.layer == 0)
     for t, node in enumerate(closed.nodes):
         if node.kind == "feature" and node.layer > 0:
-            for carried, bypass in A.attention_split(model, transcoder, TOKENS, closed.nodes[s], node).values():
+            for carried, bypass in A.Frozen(model, transcoder, TOKENS, 4).split(closed.nodes[s], node).values():
                 assert carried.eq(0).all() and bypass == pytest.approx(closed.edges[s, t].item(), abs=1e-9)
             assert node.position == closed.nodes[s].position or closed.edges[s, t] == 0
 

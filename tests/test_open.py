@@ -87,7 +87,7 @@ def test_drawn_answers_have_the_gradient_of_the_exact_reward(policy, monkeypatch
     gpt, idx, targets = policy
     gpt.set_gates(False)
     slopes, losses = [], []
-    reward.ORDER.manual_seed(0)
+    reward.DRAWS.manual_seed(0)
     for draw, copies in ((False, 1), (True, 5000)):
         model = reward.rewarded(gpt, draw).train()
         loss = model(idx[::8].repeat(copies, 1), targets[::8].repeat(copies, 1)).loss

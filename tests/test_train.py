@@ -462,7 +462,7 @@ def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
     (["--resume", "WHOLE", "--steps", "5000"], "goes on with the options of its run"),    # the default, but given
     (["--lora-rank", "8"], "unrecognized arguments: --lora-rank 8"),
     (["--score-lr", "-1"], "-1 is not between"),
-    (["--layers", "3"], "error: --layers need --init scratch"),
+    (["--layers", "3"], "error: only --init scratch has --layers"),
     (["--report", "WHOLE", "--steps", "7"], "only --control goes with it"),
     (["--control", "nowhere", "--init", "INIT", "--data", "TEXT", "--out", "OUT"], "for the report of a finished run"),
     (["--init", "BROKEN", "--data", "TEXT", "--out", "OUT", "--device", "cpu"], "validation CE is nan"),
@@ -511,7 +511,7 @@ def test_another_number_of_processes_is_refused(tiny, finished, tmp_path, capsys
     (tmp_path / "run" / "args.json").write_text(json.dumps(args | {"processes": 2}))
     with pytest.raises(SystemExit) as stop:
         here(tiny, "--resume", tmp_path / "run")
-    assert stop.value.code == 2 and "was started by 2 processes, these are 1" in capsys.readouterr().err
+    assert stop.value.code == 2 and "was started with 2 processes, not 1" in capsys.readouterr().err
 
 
 def test_a_sparse_model_goes_on_with_its_own_gates(tiny, capsys):

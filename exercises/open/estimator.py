@@ -2,15 +2,16 @@
 
     python -m exercises.open.estimator [--layers 5] [--batches 256] [--out runs/estimator]
 
-A layer of 4 positions has 10 edges, so 2^10 settings of its gates. The exact gradient, by the gates' logits g (10), is
-that of the expected loss sum_A P(A) loss(A). Training takes the gradient of one draw from `gates.sample_gates` instead.
+A layer of 4 positions has 10 edges, so there are 2^10 settings of its gates. The exact gradient with respect to the
+gates' logits g (10) is that of the expected loss sum_A P(A) loss(A). Training takes the gradient of one draw from
+`gates.sample_gates` instead.
 
     bias    |mean of the estimates - exact| / |exact|
     noise   sqrt(mean |estimate - mean of the estimates|^2) / |exact|
 
 The loss is the cross-entropy of a random readout, or the squared distance to a random target. The second is special: a
 gate's estimate tends to the mean of the loss's slopes at 0 and at 1 as the temperature falls, which for a square is
-exactly their difference quotient. Prints a table of both and draws estimator.png of the first.
+exactly their difference quotient. Prints a table of both losses; estimator.png shows the cross-entropy.
 """
 import argparse
 import itertools
@@ -68,7 +69,7 @@ def estimates(g, loss, temperature, draws):
 
 
 def measure(seed, kind, temperature, draws):
-    """Bias, noise, and for each of COUNTS the mean cosine between the mean of so many draws and the exact gradient."""
+    """Bias, noise, and for each n of COUNTS the mean cosine between the mean of n draws and the exact gradient."""
     g, loss = random_layer(seed, kind)
     exact, found = exact_gradient(g, loss), estimates(g, loss, temperature, draws)
     bias, noise = (found.mean(0) - exact).norm(), (found - found.mean(0)).square().sum(1).mean().sqrt()

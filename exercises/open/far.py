@@ -2,13 +2,12 @@
 
     python -m exercises.open.far [--seeds 3] [--out runs/far]
 
-A small GPT reads windows of 128 bytes, a third of each kind: docstrings; copies, where n random characters repeat to
-the end of the window, n from 4 to 32, so that the nearest copy is an edge of length n - 1; and tosses of a coin whose
-bias is drawn anew for every window, so the next one is foreseen by the mean of all tosses before. After dense training
+A small GPT reads windows of 128 bytes, a third of each kind: docstrings; copies, where n = 4, 8, 16 or 32 random
+characters repeat to the end of the window, so that the nearest copy is an edge of length n - 1; and tosses of a coin
+whose bias is drawn anew for every window, so the mean of all tosses before predicts the next one. After dense training
 a copy of the model gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of docstrings and
-of tosses (beside that of (heads + 1) / (tosses + 2), the best possible but for 0.01 at the border of two windows),
-share of characters of the second copy that are right, and, in windows with n = 32, the share of the allowed edges that
-are open, by distance.
+of tosses (best: that of (heads + 1) / (tosses + 2), plus 0.01 where two windows meet), share of characters of the
+second copy that are right, and, in windows with n = 32, the share of the allowed edges that are open, by distance.
 """
 import argparse
 import copy
@@ -76,7 +75,7 @@ def run(args):
               *(f"right, n = {n}" for n in PERIODS), *(f"open at distance {low} to {high}" for low, high in BANDS)]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for seed in range(args.seeds):
-        options = defaults("scratch") | {"seed": seed}    # out is None: no run to resume
+        options = defaults("scratch") | {"seed": seed}    # Ctrl-C, then the same command: goes on
         dense = GPT(GPTConfig(T, 257, n_layer=4, n_head=4, n_embd=128), generator=torch.Generator().manual_seed(seed))
         learn = argparse.Namespace(**options | {"steps": args.dense_steps, "lr": 2e-3})
         fit(dense, data, folder(args, seed, "dense"), place, learn)

@@ -22,13 +22,13 @@ import toy_addition as toy
 from exercises.open import two_phases
 from extras.tasks import NOUNS, later_years
 from geco import Geco
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, allowed_edges
 from support.files import make_folder, run_command
 from support.weights import save_checkpoint
 
 THINGS = NOUNS.split()[:3]
 WORDS = [f"{n:02d}" for n in range(100)] + "The lasted from the year to".split() + THINGS
-PAIRS, SOME = 100, (1, 2, 4, 16)    # of sentences; heads of which the effect is printed
+PAIRS, SOME = 100, (1, 2, 4, 16)    # pairs of sentences; numbers of heads whose effect is printed
 SENTENCE = "The {noun} lasted from the year {century} {year} to the year {century}"
 
 
@@ -86,7 +86,7 @@ def run(args):
             high, low = curves[0][-1], curves[1][0]    # the clean run, and the corrupted one
             shares = [(curve - low) / (high - low) for curve in curves]
             kept = [f"{P.first_reaching(share)} ({', '.join(f'{share[k]:.2f}' for k in SOME)})" for share in shares]
-            print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / toy.allowed_edges(model.config):9.2%}"
+            print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / allowed_edges(model.config):9.2%}"
                   f"{f'{high:.2f}, {low:.2f}':>18}{kept[0]:>38}{kept[1]:>38}", flush=True)
             save_checkpoint(model, os.path.join(args.out, f"{seed}-{name}.pt"))
 

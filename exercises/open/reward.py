@@ -8,8 +8,8 @@ Each seed's dense model gets gates and trains on in three ways, all with the toy
                     gradient is REINFORCE's, with the mean reward of the other 7 as its baseline
     exact reward    the gradient of the exact expected reward, the product of the digits' probabilities
 With a reward the constraint is 1 - exact expected reward <= 0.01, in both, and a batch shows each sum 8 times, each
-time under gates of its own. So what the second loses to the third is the noise of drawn answers. (Under the same gates
-all 8 answers would mostly be right or all wrong, and what a gate is worth would cancel in the baseline.) Prints a row
+time under gates of its own. So what the second loses to the third is the noise of drawn answers. (Under shared gates
+the 8 answers would mostly be all right or all wrong, and the baseline would cancel what a gate is worth.) Prints a row
 for each, on held-out sums.
 """
 import copy
@@ -25,7 +25,7 @@ from support.weights import save_checkpoint
 
 TAU = 0.01     # of 1 - reward: about three times the toy's own tau, 0.003 nats per digit, three digits
 ANSWERS = 8    # to each sum of a batch, each under gates of its own
-ORDER = torch.Generator()    # of the answers: the gates have torch's global generator for themselves
+DRAWS = torch.Generator()    # of the answers: the gates have torch's global generator for themselves
 
 
 class Rewarded(GPT):
@@ -39,10 +39,10 @@ class Rewarded(GPT):
         right = targets[:, asked].expand(times, -1, -1)
         if not (self.draw and self.training):
             return out._replace(loss=1 - log_p.gather(-1, right[..., None]).sum((2, 3)).exp().mean())
-        answers = torch.multinomial(log_p.exp().flatten(0, 2), 1, generator=ORDER).view(right.shape)
+        answers = torch.multinomial(log_p.exp().flatten(0, 2), 1, generator=DRAWS).view(right.shape)
         reward = (answers == right).all(-1).float()                                      # (times,N)
         log_p = log_p.gather(-1, answers[..., None]).sum((2, 3))                         # (times,N)
-        advantage = (reward - reward.mean(0)) * times / (times - 1)    # the mean holds the draw itself
+        advantage = (reward - reward.mean(0)) * times / (times - 1)    # the mean includes this answer
         surrogate = -(advantage * log_p).mean()    # its mean gradient is that of 1 - expected reward
         return out._replace(loss=1 - reward.mean() + surrogate - surrogate.detach())
 
@@ -67,7 +67,7 @@ def run(args):
         for name, model, geco in (("cross-entropy", copy.deepcopy(dense), toy.toy_geco(0.003)),
                                   ("sampled reward", rewarded(dense, True), toy.toy_geco(TAU)),
                                   ("exact reward", rewarded(dense, False), toy.toy_geco(TAU))):
-            ORDER.manual_seed(seed)
+            DRAWS.manual_seed(seed)
             history = toy.train_sparse(model, *training, args.steps, geco, seed)
             met = any(toy.meets_constraint(row, geco.tau) for row in history if "hard_ce" in row)
             found = toy.evaluate(model, idx[held_out], targets[held_out])

@@ -6,8 +6,8 @@ A small GPT reads as many tokens in both arms, with the same peak rate, weight d
 gates and 3,000 with, or 1 without and 4,999 with. (The first arm has two warm-ups and two cosines.) All gates start
 open: with b = 8 one draw in 3,000 is shut. b stays, and q and k have no rate of their own: AdamW moves a threshold at
 full speed however small its gradient is, and would shut nearly all gates in 100 steps, before attention is learned.
-Lambda looks at training text, because only of a trained model is it known how much harder other text is. Its rate is a
-quarter of the default: with 0.2 it swung by a factor of 20 within 200 steps in a trial. Compared at equal CE.
+Lambda looks at training text, because how much harder other text is shows only after training. Its rate is a quarter
+of the default: with 0.2 it swung by a factor of 20 within 200 steps in a trial. Compared at equal CE.
 """
 import argparse
 import os
