@@ -93,9 +93,18 @@ def batch(tokens, T, first, count, seed):
 
 # ---- Sources
 
+def found(source):
+    """The source by a name that means the same in another folder, or a UserError."""
+    if re.fullmatch(NAMES, source):
+        return source
+    if not os.path.exists(source):
+        raise UserError(f"no such data: {source}\nexpected openwebtext[-N], stdlib or a path")
+    return os.path.abspath(source)
+
+
 def load(source, encoding):
     """Tokens of the three splits, memory-mapped arrays of whole documents, in the order of SPLITS."""
-    cache = Path(torch.hub.get_dir(), "sparse-attention-data")
+    source, cache = found(source), Path(torch.hub.get_dir(), "sparse-attention-data")
     if source.endswith(".bin"):
         tokens = read_tokens(source, encoding)
         if tokens.max() >= encoding.n_vocab:
@@ -113,12 +122,10 @@ def load(source, encoding):
         url = OPENWEBTEXT.format(int(match[1] or 0))
         archive = fetch(url, cache / url.rpartition("/")[2], OFFLINE)
         documents, key = lambda: archived_texts(archive), archive.stem
-    elif os.path.exists(source):
+    else:
         files = sorted(Path(source).rglob("*.txt")) if os.path.isdir(source) else [Path(source)]
         stamp = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         documents, key = lambda: texts_of(files), f"{Path(source).stem}-{zlib.crc32(stamp.encode()):08x}"
-    else:
-        raise UserError(f"no such data: {source}\nexpected openwebtext[-N], stdlib or a path")
     folder = cache / f"{key}-{encoding.name}-{len(SPLITS)}-splits"
     if not folder.exists():
         tokenise(documents(), encoding, folder)

@@ -61,7 +61,7 @@ def make_folder(path):
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}\npass another folder with --out") from error
+        raise UserError(f"cannot write to {path}: {error.strerror}\npass another folder to write to") from error
 
 
 def whole(path, names=()):

@@ -2,9 +2,8 @@
 import argparse
 import math
 import os
-import re
 
-from support.data import NAMES
+from support.data import found as found_data
 from support.files import UserError, between, make_folder, read_json, whole
 from support.weights import GPT2_SHA256
 
@@ -107,6 +106,7 @@ def settle(given, more=()):
     refused = given.keys() & SPARSE_ONLY if args.dense else set()
     if refused:
         raise UserError(f"--dense is the control: it has no constraint and no gates\nleave {listed(refused)} out")
+    args.data = found_data(args.data)
     base = os.path.basename(os.path.normpath(args.init)).removesuffix(".pt")
     args.out = args.out or f"runs/{base}{'-dense' * args.dense}"
     make_folder(args.out)
@@ -114,7 +114,6 @@ def settle(given, more=()):
         raise UserError(f"{args.out} holds a run already\n"
                         f"--resume {args.out} goes on with it, another --out starts anew")
     args.init = whole(args.init, {"scratch", *GPT2_SHA256})
-    args.data = args.data if re.fullmatch(NAMES, args.data) else whole(args.data)
     args.processes = processes
     return args
 

@@ -469,6 +469,7 @@ def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
     (["--report", "nowhere"], "cannot read nowhere"),
     (["--init", "nowhere.pt", "--out", "OUT"], "no such file or folder: nowhere.pt"),
     (["--init", "INIT", "--data", "nowhere", "--out", "OUT"], "no such data: nowhere"),
+    (["--init", "scratch", "--data", "nowhere.txt", "--out", "OUT"], "no such data: nowhere.txt"),    # not: no network
     (["--init", "INIT", "--data", "TEXT", "--out", "OUT", "--block-size", "17"], "at most 16 positions, not 17"),
     (["--init", "INIT", "--data", "TEXT", "--out", "INIT/x"], "cannot write to"),
     (["--init", "WHOLE/last.pt", "--data", "TEXT", "--out", "WHOLE"], "holds a run already"),
