@@ -79,12 +79,13 @@ def run_all(runs, at_once):
         list(tqdm(pool.map(one_run, *zip(*runs)), total=len(runs), desc="runs"))
 
 
-def share_dense(found, at_once):
-    """Make the runs of one value and give their dense phases to the runs of the others with the same seeds."""
-    finished, *others = found.values()
-    run_all(finished, at_once)
-    for of_value in others:
-        for (_, source), (_, folder) in zip(finished, of_value):
+def share_dense(name, found, at_once):
+    """Make the runs of the command's own value, which all sweeps share, and give their dense phases to the runs of the
+    other values with the same seeds."""
+    own = found[next(value.strip("[]") for value in SWEEPS[name][2] if value.startswith("["))]
+    run_all(own, at_once)
+    for of_value in found.values():
+        for (_, source), (_, folder) in zip(own, of_value):
             if not os.path.exists(folder):
                 part = f"{folder}.part"
                 shutil.copytree(os.path.join(source, "dense"), os.path.join(part, "dense"), dirs_exist_ok=True)
@@ -121,7 +122,7 @@ def sweep(args):
     names = [args.name] if args.name else [name for name, (base, *_) in SWEEPS.items() if base == TOY]
     wanted = {name: commands(name, args.seeds, out) for name in names}
     if args.name in ONLY_SPARSE:
-        share_dense(wanted[args.name], args.at_once)
+        share_dense(args.name, wanted[args.name], args.at_once)
     run_all(dict.fromkeys(run for found in wanted.values() for of_value in found.values() for run in of_value),
             args.at_once)
     results = {}

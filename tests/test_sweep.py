@@ -76,8 +76,8 @@ def test_dense_phases_are_made_once_a_seed(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(sweep, "one_run", run)
     found = sweep.commands("constraint", 2, tmp_path)
-    sweep.share_dense(found, 1)
-    assert made == [line for line, _ in found["sampled"]]
+    sweep.share_dense("constraint", found, 1)
+    assert made == [line for line, _ in found["held-out"]]
     for of_value in found.values():
         for (_, folder), line in zip(of_value, made, strict=True):
             assert (Path(folder) / "dense" / "last.pt").read_text() == line
