@@ -288,13 +288,14 @@ def untouched(model, data, place, args):
     return base
 
 
-def main(load=GPT.from_pretrained, encoding_of=encoding_of, options=(), prepare=lambda model, args: None):
-    """The command. extras/train_llama.py hands over what loads other models, and has options of its own.
+def main(load=GPT.from_pretrained, encoding_of=encoding_of, options=(), prepare=lambda model, args: None,
+         program="python train.py"):
+    """The command. extras/train_llama.py hands over what loads other models, and has options and a name of its own.
 
     load(path, **config_overrides) -> model; encoding_of(model) -> its tiktoken encoding; options: further rows for
     support/options.py; prepare(model, args): what these options do to the model before it goes to the device.
     """
-    command = parser(__doc__.partition("\n\n")[0], options)
+    command = parser(__doc__.partition("\n\n")[0], options, program)
 
     def report_or_run(args):
         args = settle(args, options)

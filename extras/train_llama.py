@@ -30,7 +30,7 @@ def adapt(model, args):
 
 
 def main():
-    train.main(load_model, encoding_of, OPTIONS, adapt)
+    train.main(load_model, encoding_of, OPTIONS, adapt, "python -m extras.train_llama")
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def defaults(init="gpt2", more=()):
     return found | (SCRATCH if init == "scratch" else {})
 
 
-def parser(about="", more=()):
+def parser(about="", more=(), program="python train.py"):
     """An argparse parser that returns what was given, and no defaults."""
     found = argparse.ArgumentParser(
-        usage="%(prog)s --tau 3.3 [options]    (--help lists them)", description=about,
+        usage=f"{program} --tau 3.3 [options]    (--help lists them)", description=about,
         argument_default=argparse.SUPPRESS,
         epilog="defaults with --init scratch: " + " ".join(f"--{n.replace('_', '-')} {v}" for n, v in SCRATCH.items()))
     for name, kind, default, help in (*OPTIONS, *more):
