@@ -13,7 +13,7 @@ import os
 from extras.figures import draw_frontier
 from support.files import UserError, make_folder, run_command, write_json
 from support.log import read_run, share_at
-from support.report import control_row
+from support.report import control_row, same_untouched
 
 
 def outcome(run, controls):
@@ -22,7 +22,7 @@ def outcome(run, controls):
     if args.dense or rows[-1]["step"] < args.steps:
         raise UserError(f"{run} is no finished sparse run: it {'has no gates' if args.dense else 'was stopped'}\n"
                         f"leave it out{'' if args.dense else ', or finish it with --resume'}")
-    fitting = [control for control in controls if abs(read_run(control)[1].ce - base.ce) <= 1e-3] or controls
+    fitting = [control for control in controls if same_untouched(read_run(control)[1], base)] or controls
     return {"run": run, "seed": args.seed, "tau": base.tau, "val_ce": rows[-1]["val_ce"], "active": rows[-1]["active"],
             "untouched_ce": base.ce, "share_at_untouched_ce": share_at(rows, base.ce),
             "control_ce": control_row(args, fitting[0], base)["val_ce"] if fitting else None}

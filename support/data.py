@@ -93,7 +93,7 @@ def batch(tokens, T, first, count, seed):
 
 # ---- Sources
 
-def found(source):
+def checked_source(source):
     """The source by a name that means the same in another folder, or a UserError."""
     if re.fullmatch(NAMES, source):
         return source
@@ -104,7 +104,7 @@ def found(source):
 
 def load(source, encoding):
     """Tokens of the three splits, memory-mapped arrays of whole documents, in the order of SPLITS."""
-    source, cache = found(source), Path(torch.hub.get_dir(), "sparse-attention-data")
+    source, cache = checked_source(source), Path(torch.hub.get_dir(), "sparse-attention-data")
     if source.endswith(".bin"):
         tokens = read_tokens(source, encoding)
         if tokens.max() >= encoding.n_vocab:

@@ -3,7 +3,7 @@ import argparse
 import math
 import os
 
-from support.data import found as found_data
+from support.data import checked_source
 from support.files import UserError, between, make_folder, read_json, whole
 from support.weights import GPT2_SHA256
 
@@ -106,7 +106,7 @@ def settle(given, more=()):
     refused = given.keys() & SPARSE_ONLY if args.dense else set()
     if refused:
         raise UserError(f"--dense is the control: it has no constraint and no gates\nleave {listed(refused)} out")
-    args.data = found_data(args.data)
+    args.data = checked_source(args.data)
     base = os.path.basename(os.path.normpath(args.init)).removesuffix(".pt")
     args.out = args.out or f"runs/{base}{'-dense' * args.dense}"
     make_folder(args.out)

@@ -17,6 +17,11 @@ SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eva
 OURS = {"processes", *(name.replace("-", "_") for name, *_ in OPTIONS)}
 
 
+def same_untouched(base, other):
+    """Are these the facts of one untouched model, read at one length?"""
+    return abs(base.ce - other.ce) <= 1e-3 and base.block_size == other.block_size
+
+
 def control_row(args, control, base):
     """The last row of a finished --dense run that differs from ours in nothing else, or a UserError.
 
@@ -25,7 +30,7 @@ def control_row(args, control, base):
     names = [*SHARED, *sorted((vars(args).keys() | vars(theirs).keys()) - OURS)]
     differ = [name for name in names    # a program without an option is one that leaves it off
               if (getattr(theirs, name, None) or None) != (getattr(args, name, None) or None)]
-    if abs(their_base.ce - base.ce) > 1e-3 or their_base.block_size != base.block_size:
+    if not same_untouched(their_base, base):
         differ.append("untouched model")
     why = ("not --dense" if not theirs.dense else f"other {', '.join(differ)}" if differ else
            f"stopped at step {rows[-1]['step']} of {theirs.steps}" if rows[-1]["step"] < theirs.steps else None)

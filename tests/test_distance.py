@@ -100,4 +100,4 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         distance.main()
     assert stopped.value.code == 2
-    assert "has too few validation tokens for a context of" in capsys.readouterr().err
+    assert "has too few validation tokens for a context of 16\npass more text" in capsys.readouterr().err

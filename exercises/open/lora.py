@@ -14,7 +14,7 @@ import argparse
 import shlex
 
 from exercises.open.arms import compare
-from support.data import found
+from support.data import checked_source
 from support.files import between, run_command, whole
 
 ARMS = {"rank 4": "--lr 1e-3 --lora-rank 4", "rank 16": "--lr 1e-3 --lora-rank 16",
@@ -23,7 +23,7 @@ ARMS = {"rank 4": "--lr 1e-3 --lora-rank 4", "rank 16": "--lr 1e-3 --lora-rank 1
 
 
 def run(args):
-    init, data = map(shlex.quote, (whole(args.init), found(args.data)))
+    init, data = map(shlex.quote, (whole(args.init), checked_source(args.data)))
     command = (f"-m extras.train_llama --init {init} --data {data} --steps {args.steps} "
                "--block-size 128 --batch-size 4 --grad-accum 1 --eval-every 50 --eval-windows 64 --dtype bfloat16 "
                "--warmup 20 --distill inf")
