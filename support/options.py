@@ -39,7 +39,7 @@ OPTIONS = (    # name, type (or choices), default, help
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda looks at: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
     ("lam", between(float, *LAM_RANGE), 0.1, "lambda at the start: small, and edges go at once, before it grows"),
-    ("rate", between(float, 1e-9, 100.0), 0.02, "kappa of GECO, per step: how fast lambda answers"),
+    ("rate", between(float, 1e-9, 100.0), 0.013, "kappa of GECO, per step: how fast lambda answers"),
     ("decay", between(float, 0.0, 0.9999), 0.97, "alpha of GECO, per step: the memory of C's average"),
     ("distill", between(float, 0.0, math.inf), 0.0, "weight of KL(untouched || sparse) beside the CE, both times "
      "lambda; inf: in its place"),
