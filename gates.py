@@ -18,7 +18,7 @@ import torch
 
 from support.shapes import checked_bias
 
-U_MIN = 2**-24    # torch draws float32 in steps of this: only a draw of 0, whose logit is -inf, is moved
+U_MIN = 2**-24    # a CPU draws float32 in steps of this: only a draw of 0, whose logit is -inf, is moved
 
 
 def sample_gates(g, sample, temperature=1.0):

@@ -199,12 +199,12 @@ def rank_of(order, config):
     return order.view(-1, order.shape[-1]).argsort(-1).view(-1, config.n_layer, config.n_head)    # inverts it
 
 
+@torch.no_grad()
 def explained_effect(model, clean, corrupt, metric, order):
     """(L*H+1): EE(k) (7), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
     tokens at which m is read: embeddings are not patched."""
-    with torch.no_grad():
-        m_clean = metric(forward(model, clean))
-    return share_of_effect(metric_of_first_heads(model, clean, corrupt, metric, order), m_clean)
+    rank = rank_of(order, model.config)
+    return share_of_effect(*effects(model, clean, corrupt, metric, [rank < k for k in range(order.shape[-1] + 1)]))
 
 
 def share_of_effect(m, m_clean):
@@ -271,8 +271,9 @@ def exact_edge_score(model, clean, corrupt, metric, source, destination):
         raise UserError(f"no edge from {source} to {destination} in this model\nedge_names(config) lists them")
     names = nodes(model.config)
     s, d = names.index(source), names.index(destination)
-    corrupt_outputs, logits = outputs(model, corrupt, copies)
-    change = differences(model, outputs(model, clean, copies)[0], corrupt_outputs)[:, s]    # (N,T,C)
+    (before, logits), (after, _) = (outputs(model, tokens, copies) for tokens in (corrupt, clean))
+    start = max(n for n in before if n <= s)    # of the source's slice
+    change = to_stream(model, start, after[start] - before[start])[:, s - start]     # (N,T,C)
 
     def read(n, x):
         x = copies(n, x)
@@ -293,10 +294,11 @@ def cumulative(scores):
     return F.pad(share, (1, 0))
 
 
-def top_edges(scores, n, config):
-    """The n edges of largest |score|: (...,S,S) -> bool (...,S,S)."""
+def edge_ranks(scores, config):
+    """The place of every edge by |score|, the largest at 0: (...,S,S) -> int (...,S,S). Pairs that are no edge are
+    last."""
     size = scores.abs().masked_fill(~edge_mask(config).to(scores.device), -1).flatten(-2)    # any edge beats none
-    return (size.argsort(descending=True, stable=True).argsort(-1) < n).view(scores.shape)
+    return size.argsort(descending=True, stable=True).argsort(-1).view(scores.shape)
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ import sys
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -43,10 +42,10 @@ from support.report import report
 @torch.no_grad()
 def evaluate(model, tokens, place, args):
     """Hard gates, the same windows each time -> validation CE in nats per token, active share (L,H)."""
-    windows = spread(tokens, model.config.block_size, args.eval_windows)
+    windows = [t.to(place.device) for t in spread(tokens, model.config.block_size, args.eval_windows)]    # (N,T) each
     model.eval()
     ce, active = 0.0, 0.0
-    for idx, targets in zip(*(t.to(place.device).split(args.batch_size) for t in windows)):    # (B,T) each
+    for idx, targets in zip(*(t.split(args.batch_size) for t in windows)):
         with place.autocast():
             out = model(idx, targets)
         ce += out.loss.item() * len(idx)
@@ -85,7 +84,7 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
     forward: the model, which may be compiled or wrapped. The three numbers are the same in every process.
     """
     torch.manual_seed((args.seed * 10**7 + step) * 1024 + place.rank)    # of this step's gates
-    B, micros, totals = args.batch_size, args.grad_accum, torch.zeros(3, dtype=torch.float64)
+    B, micros, numbers = args.batch_size, args.grad_accum, []
     for micro in range(micros):
         first = ((step * micros + micro) * place.size + place.rank) * B
         idx, targets = (t.to(place.device) for t in batch(tokens, T, first, B, args.seed))
@@ -99,8 +98,8 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
                     weighed = kl if args.distill == math.inf else weighed + args.distill * kl
                 loss = geco.objective(edges, weighed) if geco else weighed
             (loss / micros).backward()
-        totals += torch.stack((found.loss, edges, found.active_edges.mean())).detach().cpu() / micros
-    return place.mean(*totals.tolist())
+        numbers.append(torch.stack((found.loss, edges, found.active_edges.mean())).detach())
+    return place.mean(*torch.stack(numbers).cpu().double().mean(0).tolist())
 
 
 @torch.no_grad()
@@ -172,7 +171,13 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     forward = DistributedDataParallel(forward) if place.size > 1 else forward
     tokens_per_step = T * args.batch_size * args.grad_accum * place.size
     interrupted = []
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))    # Ctrl-C: finish the step, save, stop
+
+    def finish(*_):    # Ctrl-C: finish the step, save, stop
+        interrupted.append(True)
+        if place.rank == 0:
+            os.write(2, b"\nthis step ends, then the run is saved\n")    # print may not be called here
+
+    signal.signal(signal.SIGINT, finish)
     bar = tqdm(total=steps * tokens_per_step, initial=log.step * tokens_per_step, unit=" tokens", unit_scale=True,
                desc="sparse" if geco else "dense ", disable=place.rank > 0)
     model.train()
@@ -211,6 +216,9 @@ def run(args, load, encoding_of, prepare):
     """From the options to the report. What args.out holds already is used, not made again: so a run resumes."""
     place = Place(args.device, args.dtype)
     args.dtype = str(place.dtype).removeprefix("torch.")    # args.json has it: a resumed run computes in the same
+    if args.recompute and place.device.type == "mps":
+        raise UserError("on mps --recompute would draw other gates in the backward pass: PyTorch does not keep the "
+                        "random state there\nleave it out; a smaller --batch-size saves memory too")
     say = print if place.rank == 0 else lambda *_: None
     with place.rank_0_first():    # it downloads the model and makes the token files
         if args.init == "scratch":
@@ -263,9 +271,7 @@ def run(args, load, encoding_of, prepare):
         say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if place.rank == 0:
         report(args.out, None, load, encoding_of)
-    place.wait()    # all leave together: one that goes first may abort the others
-    if place.size > 1:
-        dist.destroy_process_group()
+    place.leave()
 
 
 def untouched(model, data, place, args):

@@ -11,7 +11,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -100,6 +99,7 @@ def peak(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "darwin":
+        import resource    # which Windows does not have
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/status", encoding="ascii") as file:    # Linux's ru_maxrss begins with the parent's peak
         return 1024 * int(file.read().partition("VmHWM:")[2].split()[0])
@@ -125,7 +125,7 @@ def print_times(what, functions, device, repeats):
     """The seconds of each function, and how many times those of the first they are."""
     times = alternate(functions, device, repeats)
     first = [*times.values()][0]
-    print(f"{what}: " + ", ".join(f"{name} {t:.2f} s ({t / first:.2f}x)" for name, t in times.items()))
+    print(f"{what}: " + ", ".join(f"{name} {t:.3g} s ({t / first:.2f}x)" for name, t in times.items()))
 
 
 def print_table(args, device):

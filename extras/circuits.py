@@ -87,11 +87,11 @@ def measure(model, pairs, m_clean, m_corrupt, points, seed):
         kept_heads = P.share_of_effect(m, m[:, -1])    # no head kept: m(corrupt), as both end in the same token
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
         needed = P.first_reaching(shares)
-        nodes, between_heads = size(P.top_edges(by_edge, needed or 0, model.config), model.config)
+        ranks = P.edge_ranks(by_edge if kind != "global" else by_edge[:1], model.config).expand_as(by_edge)
+        nodes, between_heads = size(ranks < (needed or 0), model.config)
 
         def effect_alone(n):    # of the n best edges, as far as they have a score at all
-            chosen = P.top_edges(by_edge, n, model.config) & (by_edge != 0)
-            m = batched(P.kept_circuit, model, pairs, chosen)
+            m = batched(P.kept_circuit, model, pairs, (ranks < n) & (by_edge != 0))
             return P.share_of_effect(torch.stack((m_corrupt, m), 1), m_clean)[1].item()
 
         by_number, enough = kept_circuits(effect_alone, len(shares) - 1, needed or 1)
@@ -224,7 +224,7 @@ def draw(found, config, title, out):
     """heads.png and edges.png, and in circuit.png the edges that hold SHARE of the mean |scores|."""
     draw_heads(found, KINDS, P.SHARE, title, os.path.join(out, "heads.png"))
     draw_edges(found, KINDS, P.SHARE, title, os.path.join(out, "edges.png"))
-    scores = {name: f["edge scores"] * P.top_edges(f["edge scores"], f["edges, global"] or 0, config)
+    scores = {name: f["edge scores"] * (P.edge_ranks(f["edge scores"], config) < (f["edges, global"] or 0))
               for name, f in found.items()}                                                      # (S,S) each
     title = f"{title}: edges with {P.SHARE:.0%} of the mean |scores|; width by |score|, dashed below 0"
     draw_circuits(scores, config.n_layer, config.n_head, len(P.edge_names(config)), title,

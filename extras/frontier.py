@@ -33,9 +33,9 @@ def compare(args):
     make_folder(args.out)
     print(f"{'run':40}{'tau':>9}{'CE':>9}{'edges':>10}{'at the untouched CE':>22}")
     for f in sorted(found, key=lambda f: f["active"]):
-        least = f"{f['share_at_untouched_ce']:.3%}" if f["share_at_untouched_ce"] else "-"
+        least = "-" if f["share_at_untouched_ce"] is None else f"{f['share_at_untouched_ce']:.3%}"
         print(f"{f['run']:40}{f['tau']:9.4f}{f['val_ce']:9.4f}{f['active']:10.3%}{least:>22}")
-    reached = [f["share_at_untouched_ce"] for f in found if f["share_at_untouched_ce"]]
+    reached = [f["share_at_untouched_ce"] for f in found if f["share_at_untouched_ce"] is not None]
     print(f"least edges at the untouched model's CE: {f'{min(reached):.3%}' if reached else 'no run was that good'}")
     draw_frontier(found, os.path.join(args.out, "frontier.png"))
     write_json(os.path.join(args.out, "frontier.json"), {"runs": found})

@@ -61,7 +61,8 @@ def rotate(x, frequencies):
     """Turn the pair (x_n, x_{n + D/2}) of the vector at position t by t times its frequency. x (B,H,T,D)."""
     angle = torch.outer(torch.arange(x.shape[2], device=x.device), frequencies)      # (T,D/2), in float32
     a, b = x.chunk(2, dim=-1)                                                        # (B,H,T,D/2) each
-    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1).to(x.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def project_copies(x, weight):
@@ -126,6 +127,7 @@ class Llama(GPT):
 
     def __init__(self, config, generator=None):
         nn.Module.__init__(self)
+        config = dataclasses.replace(config)    # its own: set_gates changes it
         C, H = config.n_embd, config.n_head
         if min(getattr(config, name) for name in SIZES) < 1 or C % (2 * H) or H % config.n_kv_head:
             raise UserError(f"no Llama has {C} = n_embd, {config.n_head} = n_head, {config.n_kv_head} = n_kv_head\n"

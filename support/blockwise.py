@@ -14,12 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from support.shapes import checked_bias
 
-ROWS = 64              # R: more compute more edges that the causal mask hides; fewer mean more calls
+ROWS = 64              # R, at least: more compute more edges that the causal mask hides; fewer mean more calls
 CELLS_CPU = 2**19      # G K R aimed at: what a CPU's cache holds, or, on an accelerator, what keeps its cores busy
 CELLS_GPU = 2**23
 SCALE = 2**-32 * (1 - 2**-23)    # from all 32-bit integers to the inside of (-1/2, 1/2)
 
 
+@torch.compiler.disable    # torch.compile would unroll all blocks of all layers into one graph, for minutes
 def blockwise_attention(q, k, v, gate_bias, causal=True, sample=False, temperature=1.0):
     """`gates.sparse_attention`: the same arguments, results, gradients and errors. Sampled gates open with the same
     probability, from other random numbers (`edge_noise`)."""
@@ -43,13 +44,18 @@ def edge_noise(key_words, row_words, product, u):
     return torch.sub(u.new_full((), 0.5), u.copy_(product), alpha=SCALE, out=u)
 
 
+def rows_at_once(q):
+    """R. With few heads a block of ROWS is too small for an accelerator, which then waits for its next call."""
+    N, T, _ = q.shape
+    return min(T, ROWS if q.device.type == "cpu" else max(ROWS, CELLS_GPU // (N * T)))
+
+
 def blocks(q, causal):
     """Cut the edges of q (N,T,D) into blocks: slices of heads, keys and rows, and the memory to work in.
 
     All blocks share that memory: five (G,K,R) tensors like q, and an integer one for the noise.
     """
-    N, T, _ = q.shape
-    R = min(ROWS, T)
+    (N, T, _), R = q.shape, rows_at_once(q)
     G = min(N, max(1, (CELLS_CPU if q.device.type == "cpu" else CELLS_GPU) // (R * T)))
     memory, product = q.new_empty(5, G * R * T), torch.empty(G * R * T, dtype=torch.int32, device=q.device)
     for n in range(0, N, G):
@@ -93,7 +99,7 @@ class Blockwise(torch.autograd.Function):
         q, k, v = widened(q, k, v)
         b = b.clamp(max=1e30)                  # finite: -inf + b stays -inf
         words = draw_words(B * H, T, q.device) if sample else None
-        hidden = q.new_ones((min(ROWS, T),) * 2, dtype=torch.bool).tril(-1) if causal else None
+        hidden = q.new_ones((rows_at_once(q),) * 2, dtype=torch.bool).tril(-1) if causal else None
         y, expected, active = torch.empty_like(v), q.new_zeros(B * H), q.new_zeros(B * H)
         with torch.autocast(q.device.type, enabled=False):
             for block in blocks(q, causal):
@@ -102,12 +108,12 @@ class Blockwise(torch.autograd.Function):
                 expected[heads] += p_open.sum((1, 2))                                # (G)
                 active[heads] += gates.sum((1, 2))                                   # (G)
                 y[heads, rows] = torch.bmm(p.mul_(gates).mT, v[heads, keys])         # (G,R,D)  (3)
-        y = y.unflatten(0, (B, H)).to(given[2].dtype)
-        ctx.save_for_backward(*given, b, y, hidden, words)
+        y = y.unflatten(0, (B, H))
+        ctx.save_for_backward(*given, b, y, hidden, words)    # y not yet rounded: db needs rows that sum to 0
         ctx.causal, ctx.sharpness, ctx.edges = causal, 1 / temperature, T * (T + 1) // 2 if causal else T * T
         expected, active = ((t / ctx.edges).view(B, H) for t in (expected, active))
         ctx.mark_non_differentiable(active)
-        return y, expected, active
+        return y.to(given[2].dtype), expected, active
 
     @staticmethod
     @once_differentiable

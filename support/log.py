@@ -29,7 +29,8 @@ class Log:
             self.averaged.load_state_dict(weights)
             self.model.load_state_dict(state["trained"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.rows, self.recent, self.at_update = (state[k] for k in ("step", "rows", "recent", "last"))
+            self.step, self.rows, self.recent, self.at_update = (
+                state[name] for name in ("step", "rows", "recent", "at_update"))
             if self.geco:
                 self.geco.load_state_dict(state["geco"])
 
@@ -45,8 +46,8 @@ class Log:
 
     def save(self):
         save_checkpoint(self.averaged, self.path("last.pt"), step=self.step, rows=self.rows, recent=self.recent,
-                        last=self.at_update, trained=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                        geco=self.geco.state_dict() if self.geco else {})
+                        at_update=self.at_update, trained=self.model.state_dict(),
+                        optimizer=self.optimizer.state_dict(), geco=self.geco.state_dict() if self.geco else {})
 
     def add(self, tokens, ce, active):
         """A row for an evaluation: tokens read so far, validation CE, active share (L,H)."""

@@ -28,8 +28,8 @@ def cross_entropy(logits, targets, cells=CELLS):
 
 def divergence(logits, wanted, cells=CELLS):
     """KL(softmax(wanted) || softmax(logits)) in nats per position, a mean over all B T of them; (B,T,V) each."""
-    def nats(rows, wanted):
-        rows, wanted = (F.log_softmax(t.float(), dim=-1) for t in (rows, wanted))
-        return F.kl_div(rows, wanted, log_target=True, reduction="sum")
+    def nats(*parts):
+        log_q, log_p = (F.log_softmax(part.float(), dim=-1) for part in parts)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
     return sum_over_parts(nats, logits, wanted, cells) / logits[..., 0].numel()

@@ -48,7 +48,8 @@ OPTIONS = (    # name, type (or choices), default, help
     ("seed", between(int, 0, 10**9), 0, "of initial weights, batches and gates; if --init was trained here, "
      "take another than it had: the same one reads the same windows again"),
     ("device", ("cuda", "mps", "cpu"), None, "default: cuda if there is one, else cpu"),
-    ("dtype", ("float32", "bfloat16"), None, "of the forward pass; default: bfloat16 on cuda, else float32"),
+    ("dtype", ("float32", "bfloat16"), None, "of the forward pass; default: bfloat16 on a GPU "
+     "that has it, else float32"),
     ("compile", bool, False, "torch.compile the model"),
     ("recompute", bool, False, "keep no activations inside a block: less memory, a third more time"),
     ("layers", COUNT, None, "of the small GPT that --init scratch trains first"),
@@ -89,15 +90,16 @@ def settle(given, more=()):
         return args
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.resume:
-        if given.keys() != {"resume"}:
-            raise UserError("--resume goes on with the options of its run\nleave the others out")
+        if given.keys() - {"device"} != {"resume"}:
+            raise UserError("--resume goes on with the options of its run\nleave the others out, but for --device")
         saved = read_json(os.path.join(args.resume, "args.json"))
         if "processes" not in saved:
             raise UserError(f"{args.resume} is no run of train.py\npass a folder that it made")
         if saved["processes"] != processes:
             raise UserError(f"{args.resume} was started with {saved['processes']} processes, not {processes}\n"
                             f"resume it with torchrun --nproc_per_node={saved['processes']}")
-        return argparse.Namespace(**defaults(saved["init"], more) | saved | {"out": args.resume})
+        moved = {"out": args.resume, "device": args.device or saved["device"]}
+        return argparse.Namespace(**defaults(saved["init"], more) | saved | moved)
     if args.control:
         raise UserError("--control is for the report of a finished run\npass it with --report RUN")
     refused = given.keys() & SCRATCH_ONLY if args.init != "scratch" else set()

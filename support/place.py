@@ -19,9 +19,13 @@ class Place:
         if name == "cuda":
             self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        self.dtype = getattr(torch, dtype or ("bfloat16" if name == "cuda" else "float32"))
+        fast = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)    # from Ampere on
+        self.dtype = getattr(torch, dtype or ("bfloat16" if fast else "float32"))
+        if name == "cuda" and self.dtype == torch.bfloat16:    # attention multiplies bfloat16 values in float32:
+            torch.set_float32_matmul_precision("high")         # TF32 is exact enough for them, and faster
         if self.size > 1 and not dist.is_initialized():    # the others may wait long while rank 0 tokenises
-            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6),
+                                    device_id=self.device if name == "cuda" else None)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -42,6 +46,12 @@ class Place:
         """Until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+    def leave(self):
+        """All leave together: one that goes first may abort the others."""
+        self.wait()
+        if self.size > 1:
+            dist.destroy_process_group()
 
     @contextlib.contextmanager
     def rank_0_first(self):

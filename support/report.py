@@ -32,16 +32,21 @@ def control_row(args, control, base):
               if (getattr(theirs, name, None) or None) != (getattr(args, name, None) or None)]
     if not same_untouched(their_base, base):
         differ.append("untouched model")
-    why = ("not --dense" if not theirs.dense else f"other {', '.join(differ)}" if differ else
-           f"stopped at step {rows[-1]['step']} of {theirs.steps}" if rows[-1]["step"] < theirs.steps else None)
-    if why:
-        raise UserError(f"{control} is no control of {args.out}: {why}\n"
-                        "a control is a finished --dense run with the same options")
-    return rows[-1]
+    if not theirs.dense:
+        why = "not --dense"
+    elif differ:
+        why = f"other {', '.join(differ)}"
+    elif rows[-1]["step"] < theirs.steps:
+        why = f"stopped at step {rows[-1]['step']} of {theirs.steps}"
+    else:
+        return rows[-1]
+    raise UserError(f"{control} is no control of {args.out}: {why}\n"
+                    "a control is a finished --dense run with the same options")
 
 
 def report(out, control, load, encoding_of):
-    """Print the table of the run in `out`, draw its pictures and, last, write summary.json: where it is, all is.
+    """Print the table of the run in `out`, draw its pictures and write summary.json, the last file: if it is there, the
+    report is whole.
 
     control: None, or the folder of a --dense run. load, encoding_of: see train.main.
     """
@@ -64,7 +69,7 @@ def report(out, control, load, encoding_of):
     print_table(lines, base)
     which = "met: the sparsest such evaluation" if best else "not met by any evaluation: the last one"
     print(f"tau {base.tau:.4f}, {which}, step {found['step']} of {args.steps}\n"
-          f"least edges at the untouched model's CE: {f'{enough:.3%}' if enough else 'never that low'}")
+          f"least edges at the untouched model's CE: {'never that low' if enough is None else f'{enough:.3%}'}")
     draw_curve(rows, lines, base.tau, os.path.join(out, "curve.png"))
     draw_heads(by_head(found), os.path.join(out, "edges_by_head.png"))
     init = os.path.join(out, "dense", "last.pt") if args.init == "scratch" else args.init

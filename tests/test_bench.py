@@ -25,7 +25,7 @@ def test_it_prints_a_table_and_draws_it(tmp_path, monkeypatch, capsys):
     assert [float(cell.rstrip(" x")) for cell in rows[0][4:6]] == [3, 2.5]
     assert [float(cell) for cell in rows[0][6:]] == [7, 3, 2]    # MiB
     assert [row[n].strip() for row in rows[1:] for n in (1, 4, 6)] == ["-"] * 3      # the plain one only up to 8
-    assert "dense 0.00 s (1.00x), sparse 0.01 s (3.00x)" in printed
+    assert "dense 0.004 s (1.00x), sparse 0.012 s (3.00x)" in printed
     assert (tmp_path / "new" / "bench.png").stat().st_size > 10_000
 
 

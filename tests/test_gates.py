@@ -175,6 +175,20 @@ def test_blockwise_is_the_definition(T, causal, sample, dtype, digits, bias, tem
         torch.testing.assert_close(x, y, atol=digits, rtol=digits)
 
 
+def test_the_gradient_of_b_is_exact_for_bfloat16_inputs():
+    """Sure gates: their part of the gradient is far smaller than the softmax's, which adds up to 0 in every row. A
+    rounded y would leave a hundredth of the softmax's part in the sum."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, 2, 256, 64, generator=g).mul(size).bfloat16() for size in (1.7, 1.7, 1))
+    wy, we = torch.randn(4, 2, 256, 64, generator=g).bfloat16(), torch.zeros(4, 2)
+    found = []
+    for attention, dtype in ((blockwise_attention, torch.bfloat16), (sparse_attention, torch.float64)):
+        b = torch.full((2,), -3.0, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        inputs = (t.to(dtype).requires_grad_() for t in (q, k, v))
+        found.append(outputs_and_gradients(attention, *inputs, wy, we, b)[-1].double())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_bias_without_gradient_changes_nothing_else(attention):
     """A number, and tensors with and without requires_grad: the same results and the same gradients of q, k and v."""
@@ -390,6 +404,21 @@ def test_the_real_block_size_once():
         both = [outputs_and_gradients(attention, q, k, v, *weights, 0.4, causal) for attention in ATTENTIONS]
         for a, b in zip(*both):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("N, T", [(1, 96), (1, 8192), (32, 512), (192, 1024), (3, 100_000)])
+def test_an_accelerators_blocks_cover_all_edges_in_few_calls(N, T, causal):
+    """On the meta device, which computes nothing. A block holds at most CELLS_GPU edges, but ROWS rows at least."""
+    found = [block[:3] for block in blockwise.blocks(torch.empty(N, T, 4, device="meta"), causal)]
+    allowed = 0
+    for heads, keys, rows in found:
+        R, G = rows.stop - rows.start, min(heads.stop, N) - heads.start
+        assert keys == slice(0, rows.stop if causal else T)
+        assert G * R * T <= blockwise.CELLS_GPU or (R <= blockwise.ROWS and G == 1)
+        allowed += G * (sum(range(rows.start + 1, rows.stop + 1)) if causal else R * T)
+    assert allowed == N * (T * (T + 1) // 2 if causal else T * T)
+    assert len(found) <= 4 * max(1, N * T * T / blockwise.CELLS_GPU)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

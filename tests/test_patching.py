@@ -338,11 +338,12 @@ def test_curves_per_sentence_and_global_differ_where_the_top_edges_do():
     assert P.first_reaching(curves.mean(0), 0.7) == 1 and P.first_reaching(P.cumulative(scores.mean(0)), 0.7) == 2
 
 
-def test_top_edges_takes_edges_of_score_zero_before_pairs_that_are_none():
+def test_edge_ranks_put_edges_of_score_zero_before_pairs_that_are_none():
     config = tiny().config
     scores = torch.randn(2, 9, 9) * (torch.rand(2, 9, 9) < 0.3) * P.edge_mask(config)
+    ranks = P.edge_ranks(scores, config)
     for n in (0, 1, 5, 30, 39):    # of 39
-        chosen = P.top_edges(scores, n, config)
+        chosen = ranks < n
         assert chosen.sum((1, 2)).tolist() == [n, n] and not (chosen & ~P.edge_mask(config)).any()
         for c, s in zip(chosen, scores.abs()):
             assert n == 0 or s[c].min() >= s[~c].max()

@@ -226,7 +226,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, finished, name, count,
     process = start(tiny, *options(tiny, out, "--tau", "5"), launcher=("-c", STOPPER, name, count, how))
     code, _, errors = finish(process)
     assert code == (1 if how == "SIGINT" else -signal.SIGKILL), errors
-    assert how == "SIGKILL" or f"--resume {out} goes on" in errors
+    assert how == "SIGKILL" or f"--resume {out} goes on" in errors and "this step ends" in errors
     assert len(log(out)) == (2 if name == "log.csv" else 1)    # a killed one has not written its last row
     here(tiny, "--resume", out)
     assert (out / "log.csv").read_text() == (whole / "log.csv").read_text() and not list(out.glob("tmp-*"))
@@ -513,6 +513,26 @@ def test_another_number_of_processes_is_refused(tiny, finished, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         here(tiny, "--resume", tmp_path / "run")
     assert stop.value.code == 2 and "was started with 2 processes, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without cuda")
+def test_a_run_of_another_machine_goes_on_where_it_is_told(tiny, finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args | {"device": "cuda"}))
+    with pytest.raises(SystemExit) as stop:
+        here(tiny, "--resume", tmp_path / "run")
+    assert stop.value.code == 2 and "no cuda\npass --device cpu" in capsys.readouterr().err
+    here(tiny, "--resume", tmp_path / "run", "--device", "cpu")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["device"] == "cpu"
+
+
+def test_recompute_is_refused_where_it_would_draw_other_gates(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("support.place.pick_device", lambda name: "mps")
+    with pytest.raises(SystemExit) as stop:
+        here(tiny, *options(tiny, tmp_path / "run", "--tau", "5", "--recompute"))
+    assert stop.value.code == 2 and "other gates in the backward pass" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "args.json").exists()
 
 
 def test_a_sparse_model_goes_on_with_its_own_gates(tiny, capsys):
