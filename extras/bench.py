@@ -147,6 +147,8 @@ def print_table(args, device):
 
 def run(args):
     device = pick_device(args.device)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")    # as in training
     if args.plot:
         make_folder(os.path.dirname(args.plot) or ".")
     print(torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads", end=", ")
