@@ -72,7 +72,7 @@ def test_the_options_are_options(command, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [command, "--help"])
     with pytest.raises(SystemExit) as stopped:
         if command.startswith("-m"):
-            sys.modules.pop(command.removeprefix("-m "), None)
+            monkeypatch.delitem(sys.modules, command.removeprefix("-m "), raising=False)    # until the test ends
             runpy.run_module(command.removeprefix("-m "), run_name="__main__")
         else:
             runpy.run_path(str(ROOT / command), run_name="__main__")
