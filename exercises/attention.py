@@ -4,9 +4,9 @@
     A_ij ~ Bernoulli(sigmoid(s_ij + b))         exercise 1: from exercises.gate import sample_gates
     y_i  = sum_j A_ij softmax_j(s_i) v_j
 
-The softmax runs over all allowed keys, open or not, and is not renormalised. With every gate open the layer is
-ordinary softmax attention, so that a pretrained model starts as itself. With causal, query i may read keys j <= i only;
-whatever stands at later keys must not change y_i.
+The softmax runs over all allowed keys, open or not. What is left after gating is not rescaled to sum to 1. With every
+gate open the layer is ordinary softmax attention, so that a pretrained model starts as itself. With causal, query i may
+read keys j <= i only; whatever stands at later keys must not change y_i.
 
 Question: why is a closed edge different from an edge with a tiny weight? Which of them can you cut out of the graph?
 """

@@ -5,11 +5,12 @@ Patching every edge for real costs a run each. Attribution patching takes the fi
 which costs two runs and one backward pass for all heads together. Part one: write it.
 
 Part two: where it fails. A head whose output opens a gate elsewhere has an effect, but a hard gate has no gradient.
-Find the edges that attribution misses: `patching.edge_scores` gives the estimates, `patching.exact_edge_score` the
-truth, `patching.edge_names` the edges. With names = `patching.nodes(model.config)`, scores[n, s, d] is the edge from
-names[s] to names[d + 1]. Try it on `tiny(True)` and `pairs()` of the module `exercises`. Does the estimate miss edges
-that matter, or name edges that do not? Would more sentences help? Would it help to take gradients at ten points between
-the two sentences (`points=10` of edge_scores)? Why?
+(The straight-through gradient of exercise 1 is for training; `patching.edge_scores` takes gates as constants.) Find the
+edges that attribution misses: `patching.edge_scores` gives the estimates, `patching.exact_edge_score` the truth,
+`patching.edge_names` the edges. With names = `patching.nodes(model.config)`, scores[n, s, d] is the edge from names[s]
+to names[d + 1]. Try it with small = 0.01 on `tiny(True)` and `pairs()` of the module `exercises`, after
+`torch.manual_seed(2)`. Does the estimate miss edges that matter, or name edges that do not? Would more sentences help?
+Would it help to take gradients at ten points between the two sentences (`points=10` of edge_scores)? Why?
 """
 
 

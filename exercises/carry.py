@@ -4,14 +4,14 @@ In `36+28=???` the tens digit of the answer depends on whether the units carry. 
 one edge: the tens slot reads a certain position, in a certain layer and head, if there is a carry, and does not
 otherwise (or the other way round). Your program is to find that edge without looking at pictures.
 
-`model.attention_maps(idx)` gives every weight, (L,N,H,T,T), an exact 0 where a gate is closed. A row of idx is a sum
-in tokens, in which digits are themselves: its units digits are at positions 1 and 4, and the tens slot is the last
+`model.attention_maps(idx)` gives every weight, (L,N,H,T,T), an exact 0 where a gate is closed. A row of idx is a sum in
+tokens, in which token d is the digit d: its units digits are at positions 1 and 4, and the tens slot is the last
 position but one. `toy_addition.addition_data()` gives all sums, `toy_addition.split()` two sets of their rows. For
-every (layer, head, key), compare how often the edge from the tens slot to that key is open with a carry and without.
-Pick the edge on one set of sums, and report it on another: why?
+every (layer, head, key), compare how often the edge by which the tens slot reads that key is open with a carry and
+without. Pick the edge on one set of sums, and report it on another: why?
 
-Then train one (`python toy_addition.py`, 3 minutes), load runs/addition/sparse.pt with `model.GPT.from_pretrained`,
-and look whether the edge that you find is the one in the picture.
+Then train one (`python toy_addition.py`, 3 minutes), load runs/addition/sparse.pt with `model.GPT.from_pretrained`, and
+look whether the edge that you find is the one in the picture.
 """
 
 

@@ -43,6 +43,8 @@ def test_one_draw_makes_output_share_and_gradient(answer):
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     same(weights.detach(), dense * (weights != 0), "a drawn gate is a bit too: the softmax's weight, or an exact 0")
     same(active.detach().double(), (weights != 0).sum((-2, -1)).double() / 21, "active counts the gates that y uses")
+    p = torch.sigmoid(q @ k.mT / 2 + b.detach()).tril()
+    same(expected.detach(), p.sum((-2, -1)) / 21, "expected is the sum of sigmoid(s + b), whatever was drawn")
     for what, value in (("y", weights.sum()), ("expected", expected.sum())):    # the softmax does not see a shift by b
         assert value.requires_grad, f"{what} has no gradient: nothing could be trained"
         gradient, = torch.autograd.grad(value, b, retain_graph=True, allow_unused=True)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,18 +11,21 @@ class Sums:
     units carry, except in a share `wrong` of the sums."""
 
     def __init__(self, layer, head, key, wrong=0.0, upside_down=False):
-        self.edge, self.wrong, self.upside_down = (layer, head, key), wrong, upside_down
+        self.edge, self.upside_down = (layer, head, key), upside_down
+        self.config = SimpleNamespace(n_layer=2, n_head=3, block_size=9)
+        generator = torch.Generator().manual_seed(1)
+        self.maps = torch.rand(10_000, 2, 3, 9, 9, generator=generator) < 0.3
+        self.errs = torch.rand(10_000, generator=generator) < wrong
 
     def eval(self):
         return self
 
     def attention_maps(self, idx):
-        generator, of_sum = torch.Generator().manual_seed(1), idx[:, [0, 1, 3, 4]] @ torch.tensor([1000, 100, 10, 1])
-        maps = (torch.rand(10_000, 2, 3, 9, 9, generator=generator) < 0.3).float()[of_sum].movedim(1, 0)
-        is_open = (idx[:, 1] + idx[:, 4] >= 10) ^ self.upside_down
-        is_open ^= (torch.rand(10_000, generator=generator) < self.wrong)[of_sum]
+        of_sum = idx[:, [0, 1, 3, 4]] @ torch.tensor([1000, 100, 10, 1])
+        maps = self.maps[of_sum].float().movedim(1, 0)
+        is_open = (idx[:, 1] + idx[:, 4] >= 10) ^ self.upside_down ^ self.errs[of_sum]
         layer, head, key = self.edge
-        maps[layer, :, head, 7, key] = is_open * 0.01    # a tiny weight, but not 0
+        maps[layer, :, head, 7, key] = is_open * 1e-6    # a tiny weight, but not 0
         return maps
 
 
@@ -43,7 +48,8 @@ class TwoEdges(Sums):
         return maps
 
 
-SHARES = "the edge is right, its shares are not: from which sum on is there a carry, and of which sums is it a share?"
+SHARES = "the edge is right, its shares are not: a carry is a sum of units from 10 on, and a share is one of the " \
+    "held-out sums with (without) a carry"
 
 
 @pytest.mark.parametrize("edge", [(0, 0, 1), (1, 2, 6), (1, 0, 7)])

@@ -35,7 +35,8 @@ def test_how_many_are_needed(answer, share, n):
 
 def test_a_curve_may_come_down_again(answer):
     """As that of kept heads in exercise 10 may."""
-    assert answer.needed(torch.tensor([0, 0.95, 0.5, 1]), 0.9) == 1, "the first n: not one more than those below it"
+    assert answer.needed(torch.tensor([0, 0.95, 0.5, 1]), 0.9) == 1, \
+        "the first n that reaches the share, not the number of entries below it"
 
 
 def test_never_is_none(answer):

@@ -9,7 +9,8 @@ from exercises import same
 def test_without_noise_a_gate_is_open_where_its_logit_is_positive(answer):
     gates = answer.sample_gates(torch.tensor([-2.0, -0.1, 0.0, 0.1, 3.0, -math.inf]), sample=False)
     assert gates.tolist() == [0, 0, 0, 1, 1, 0], \
-        "a gate is a bit, 0 or 1, and without noise it is 1 exactly where its logit is above 0"
+        "a gate is a bit, 0 or 1, and without noise it is 1 exactly where its logit is above 0. If it is 0.99999994: " \
+        "in which order do you add and subtract?"
 
 
 def test_gates_are_bits_and_open_with_probability_sigmoid(answer):
@@ -30,8 +31,11 @@ def test_the_gradient_is_that_of_the_noisy_sigmoid(answer):
     gates = answer.sample_gates(logits, sample=True)
     assert gates.requires_grad, "the bit has no gradient: how can the sigmoid lend it one? See the questions of gate.py"
     gates.sum().backward()
-    soft = torch.sigmoid(logits + torch.log(u / (1 - u)))
-    same(logits.grad, (soft * (1 - soft)).detach(), "one draw for both: the bit and its gradient")
+    noisy = (logits + torch.log(u / (1 - u))).detach()
+    soft = torch.sigmoid(noisy)
+    same(logits.grad, soft * (1 - soft), "the gradient is that of sigmoid(g + n), not of sigmoid(g), with the n that "
+         "made the bit: one torch.rand_like(g) for both")
+    assert torch.equal(gates > 0.5, noisy > 0), "one draw for both: the bit is g + n > 0, n that of the gradient"
 
 
 def test_without_noise_the_gradient_is_that_of_the_sigmoid(answer):

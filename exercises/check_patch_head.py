@@ -50,6 +50,6 @@ def test_the_model_is_left_as_it_was(answer, model):
     assert torch.equal(model(corrupt).logits, before), "a hook is left: handle.remove()"
     assert [dict(of_layer) for of_layer in others] == hooks, \
         "remove each of your hooks, also one that only looks, and nobody else's"
-    with pytest.raises(RuntimeError):    # the z of 4 sentences does not fit into 3
+    with pytest.raises((RuntimeError, ValueError)):    # the z of 4 sentences does not fit into 3
         answer.patch_head(model, clean, corrupt[:3], 0, 1)
     assert [dict(of_layer) for of_layer in others] == hooks, "a hook is left after an error: try ... finally"

@@ -1,10 +1,10 @@
 """2. The expected number of open edges, by hand and by code (10 minutes)
 
-Training does not penalise the gates that happen to be open but their expected number: the sum of sigmoid(s + b) over
-all edges that the causal mask allows. As a share of those edges it means the same in every model.
+Training penalises the expected number of open gates, not the number that is open in one draw: the sum of sigmoid(s + b)
+over all edges that the causal mask allows. As a share of those edges it means the same in every model.
 
 First by hand: three positions, one head, q = k = 0, bias b = 0. How many edges are allowed? What is the expected share?
-Then b = log 3? Then put s = 5 on the edge from the first query to the second key: what changes?
+Then b = log 3? Then give the edge by which the first query would read the second key s = 5: what changes?
 """
 
 

@@ -5,12 +5,12 @@ How much of a task do the k best heads carry? Two experiments answer, and their 
     kept       the clean run, in which all heads but k get the z that they have on the corrupted sentence
 
 `found = patching.outputs(model, tokens)[0]` holds what a run writes, each head's z included.
-`patching.run_with_heads(model, other, found, chosen)` gives the logits on other tokens, where the heads with chosen
-(1 or N, L, H) = True take their z from `found`.
+`patching.run_with_heads(model, other, found, chosen)` runs the model on the tokens `other`. Heads where the bool tensor
+`chosen`, (1,L,H) or (N,L,H), is True take their z from `found`. It returns the logits.
 
-Before you write: the last head of a model copies a name to the output; earlier heads have found out which. Restore
-only this head: what share of the effect comes back? Now keep only this head, while the heads it copies from are
-corrupted: what share is left? Which experiment can tell a model that needs 5 heads from one that needs 100?
+Before you write: the last head of a model copies a name to the output; earlier heads have found out which. Restore only
+this head: what share of the effect comes back? Now keep only this head, while the heads it copies from are corrupted:
+what share is left? Which experiment can tell a model that needs 5 heads from one that needs 100?
 """
 
 
@@ -24,5 +24,6 @@ def restored(model, clean, corrupt, metric, order):
 
 
 def kept(model, clean, corrupt, metric, order):
-    """(L*H+1): the same with k heads kept, all others corrupted in the clean run: (m_k - m_0) / (m_all - m_0)."""
+    """(L*H+1): the same with k heads kept, all others corrupted in the clean run: (m_k - m_0) / (m_all - m_0).
+    m_0 and m_all are those with no head kept and with all."""
     raise NotImplementedError

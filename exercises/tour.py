@@ -91,7 +91,8 @@ def show_lambda(log, tau):
     chosen = rows[::max(1, len(rows) // 8)]
     say(f"7. How it was trained. lambda, from {low:g} to {high:g}, rises while the CE of the kept model is above tau, "
         f"{tau:g} nats, and falls below it", f"    {'step':>6}{'CE':>10}{'lambda':>10}{'edges per sum':>15}",
-        *(f"    {r['step']:>6}{float(r['seen']):10.4f}{float(r['lam']):10.4f}{float(r['active']):15.2f}" for r in chosen),
+        *(f"    {r['step']:>6}{float(r['seen']):10.4f}{float(r['lam']):10.4f}{float(r['active']):15.2f}"
+          for r in chosen),
         quote("geco.py", "self.average = self.decay"), quote("geco.py", "self.log_lam = min("),
         quote("geco.py", "return edges + "))
 
