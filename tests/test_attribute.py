@@ -1,5 +1,6 @@
 """extras/attribute.py: its parts against loops on tiny models, and the command on a text and on sums."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -122,12 +123,23 @@ def test_a_sum_is_cut_at_the_tens_slot(monkeypatch):
     def tens(model, rows):    # of 10 rows[0] + rows[1] + 10 rows[3] + rows[4]
         return (rows[:, 0] + rows[:, 3] + (rows[:, 1] + rows[:, 4] >= 10)) % 10
 
-    monkeypatch.setattr(B, "likeliest", tens)
-    model = GPT(toy.toy_config())
+    model, other = (GPT(toy.toy_config()) for _ in range(2))
     model.notes["layout"] = "reversed"
-    prompts, answers = B.prompts_of([model], "addition", 50, 32, 0)
+    monkeypatch.setattr(B, "likeliest", lambda asked, rows: tens(asked, rows) + (asked is other) * (rows[:, 0] < 5))
+    prompts, answers = B.prompts_of([model, other], "addition", 50, 32, 0)
     assert prompts.shape == (50, len(B.PLACES)) and len(prompts.unique(dim=0)) == 50
     assert torch.equal(answers, tens(model, prompts))    # else no prompt would be right
+    assert (prompts[:, 0] >= 5).all()    # the other model is wrong on the rest
+
+
+def test_sums_with_and_without_a_carry_are_told_apart(capsys):
+    """19 + 12 has a carry and reads the units slot, 11 + 12 has none and reads a tens digit."""
+    sums, shares = torch.tensor([[1, 9, 10, 1, 2], [1, 1, 10, 1, 2]]), torch.zeros(2, 1, 1, len(B.PLACES))
+    shares[0, 0, 0, -2], shares[1, 0, 0, 0] = 0.75, 0.5
+    B.print_sums({"sparse": [{"(head, key)": (None, share)} for share in shares]}, sums, 1, 1)
+    printed = capsys.readouterr().out
+    assert re.search(rf"key {B.PLACES[-2]} +75.0% +0.0%\n", printed)
+    assert re.search(rf"key {B.PLACES[0]} +0.0% +50.0%\n", printed)
 
 
 def test_the_cut_keeps_the_largest_weights_of_each_query():

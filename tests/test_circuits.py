@@ -41,7 +41,8 @@ def test_the_first_number_of_edges_that_is_enough():
 # ---- The command
 
 def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["circuits", *map(str, arguments)])
+    device = () if "--device" in arguments else ("--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["circuits", *map(str, arguments), *device])
     try:
         circuits.main()
         code = 0

@@ -37,6 +37,7 @@ def server(tmp_path, monkeypatch):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(data, "OPENWEBTEXT",
                         f"http://127.0.0.1:{httpd.server_port}/" + data.OPENWEBTEXT.rpartition("/")[2])
     yield root
@@ -139,6 +140,13 @@ def test_text_file_and_folder(tmp_path):
     check_split(*data.load(str(tmp_path / "all.txt"), encoding), encoding, TEXTS[:100])
 
 
+def test_a_text_that_comes_twice_is_in_one_split(tmp_path):
+    (tmp_path / "twice.txt").write_text("\n\n\n".join([*TEXTS, "between", *TEXTS]))
+    found = [set(documents(tokens, encoding=data.byte_encoding()))
+             for tokens in data.load(str(tmp_path / "twice.txt"), data.byte_encoding())]
+    assert all(found) and not any(a & b for a, b in itertools.combinations(found, 2))
+
+
 def test_too_few_documents(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
     with pytest.raises(UserError, match="1 documents are too few.*\n.*two blank lines"):
@@ -227,6 +235,12 @@ def test_windows_come_once_an_epoch_and_are_shifted_by_one():
     again = torch.cat([data.batch(tokens, T, first, 3, seed=3)[0] for first in range(0, 30, 3)])
     assert torch.equal(idx, again)                  # a function of the position alone
     assert not torch.equal(idx[:10], data.batch(tokens, T, 0, 10, seed=4)[0])    # and of the seed
+
+
+def test_few_windows_are_spread_over_the_whole_text():
+    idx, targets = data.spread(np.arange(101), 10, 4)
+    assert idx[:, 0].tolist() == [0, 30, 60, 90] and torch.equal(targets, idx + 1)
+    assert data.spread(np.arange(101), 10, 99)[0][:, 0].tolist() == list(range(0, 100, 10))
 
 
 def test_a_window_has_one_token_more_than_it_is_long():

@@ -253,7 +253,10 @@ def test_every_gate_opens_with_its_own_probability(attention):
 def test_edge_noise_is_uniform():
     """256 equal cells, and every row and column by itself: chi-square and means within 5 standard errors."""
     u = noise(1024, seed=7)
-    assert 0 < u.min() and u.max() < 1
+    words = torch.tensor([2**31 - 1, 1 - 2**31], dtype=torch.int32)[:, None, None]    # the ends, in float32
+    one, room = torch.ones(2, 1, 1, dtype=torch.int32), torch.empty(2, 1, 1, dtype=torch.int32)
+    ends = edge_noise(words, one, room, torch.empty(2, 1, 1)).flatten()
+    assert 0 < ends.min() < 1e-6 and 1 - 1e-6 < ends.max() < 1
     counts = np.histogram(u, bins=256, range=(0, 1))[0]
     assert abs(((counts - 4096) ** 2 / 4096).sum() - 255) < 5 * math.sqrt(2 * 255)
     for axis in (0, 1):

@@ -83,6 +83,25 @@ def test_dense_phases_are_made_once_a_seed(tmp_path, monkeypatch):
             assert (Path(folder) / "dense" / "last.pt").read_text() == line
 
 
+def test_a_run_that_was_begun_goes_on(tmp_path, monkeypatch):
+    """With --resume, if it is one of train.py that has written its options; else from the start."""
+    words = []
+
+    def run(command, **_):
+        words.append(command[1:])
+        (tmp_path / "run" / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    for begun in (False, True):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        if begun:
+            (tmp_path / "run" / "args.json").write_text("{}")
+        sweep.one_run("train.py --tau 2", str(tmp_path / "run"))
+        (tmp_path / "run" / "summary.json").unlink()
+    folder = str(tmp_path / "run")
+    assert words == [["train.py", "--tau", "2", "--out", folder], ["train.py", "--resume", folder]]
+
+
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SWEEPS", {"bias": ("toy_addition.py", "--gate-bias", ("-1", "[2]"))})
     monkeypatch.setattr("sys.argv", ["sweep.py", "bias", "--seeds", "1", "--at-once", "1", "--out", str(tmp_path)])
