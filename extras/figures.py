@@ -142,10 +142,10 @@ def draw_frontier(runs, path):
     """Figure 2a: cross-entropy against active edges, a dot for each of runs (dicts of extras/frontier.py)."""
     with picture(path, "Loss against edges, one dot a run", 1, 1, (7, 4.5)) as axes:
         ax = axes[0, 0]
-        ax.semilogx([100 * run["active"] for run in runs], [run["val_ce"] for run in runs], "ko", label="sparse")
-        for run in runs:
-            ax.annotate(f"tau {run['tau']:.2f}", (100 * run["active"], run["val_ce"]), textcoords="offset points",
-                        xytext=(6, 4), fontsize=7)
+        dots = ax.scatter([100 * run["active"] for run in runs], [run["val_ce"] for run in runs], 60,
+                          [run["tau"] for run in runs], cmap="viridis", edgecolor="black", zorder=3, label="sparse")
+        ax.figure.colorbar(dots, label="tau (nats per token)")
+        ax.set_xscale("log")
         for key, name, style in (("untouched_ce", "untouched model", "0.5"), ("control_ce", "dense control", "C0")):
             for n, ce in enumerate({run[key] for run in runs} - {None}):
                 ax.axhline(ce, color=style, ls="--", label=f"{name}, all edges" if n == 0 else None)

@@ -32,7 +32,7 @@ SWEEPS = {    # command, option, its values; the one in brackets is the command'
     "start": (TOY, "--dense-steps", ("1", "[8000]")),    # gates from the first step on, or afterwards
     "constraint": (SMALL_GPT, "--constraint", ("sampled", "training", "[held-out]")),
     "distill": (SMALL_GPT, "--distill", ("[0]", "0.3", "1", "3")),
-    "frontier": (SMALL_GPT, "--tau", ("1.6", "[untouched]", "1.7", "1.8", "2")),    # then extras.frontier draws them
+    "frontier": (SMALL_GPT, "--tau", ("1.6", "[untouched]", "1.8", "2")),    # then extras.frontier draws them
     "temperature": (SMALL_GPT, "--temperature", ("0.3", "[1]", "3")),
     "width": (SMALL_GPT, "--width", ("64", "[128]", "256")),
 }
