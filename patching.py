@@ -199,12 +199,12 @@ def rank_of(order, config):
     return order.view(-1, order.shape[-1]).argsort(-1).view(-1, config.n_layer, config.n_head)    # inverts it
 
 
-@torch.no_grad()
 def explained_effect(model, clean, corrupt, metric, order):
     """(L*H+1): EE(k) (7), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
     tokens at which m is read: embeddings are not patched."""
-    rank = rank_of(order, model.config)
-    return share_of_effect(*effects(model, clean, corrupt, metric, [rank < k for k in range(order.shape[-1] + 1)]))
+    with torch.no_grad():
+        m_clean = metric(forward(model, clean))
+    return share_of_effect(metric_of_first_heads(model, clean, corrupt, metric, order), m_clean)
 
 
 def share_of_effect(m, m_clean):

@@ -20,7 +20,7 @@ def test_gates_are_bits_and_open_with_probability_sigmoid(answer):
         "forward must be a bit: is it the sigmoid? If it is 0.99999994: in which order do you add and subtract?"
     assert gates[:, 3].any(), "a gate at -6 opens in one draw of 400: keep u from 0 and 1, but not so far from them"
     p = torch.sigmoid(logits)
-    assert ((gates.mean(0) - p).abs() < 4.5 * (p * (1 - p) / 20_000).sqrt()).all(), \
+    assert ((gates.mean(0) - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt()).all(), \
         "the noise must be logistic, log(u / (1 - u)), added to the logit before the comparison with 0"
 
 

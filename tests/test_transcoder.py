@@ -137,6 +137,9 @@ def test_the_command_learns_and_says_how_well(tiny, tmp_path, monkeypatch, capsy
     unseen = spread(load(str(tiny / "text.txt"), byte_encoding())[1], 16, 8)
     before = X.quality(model, X.Transcoder(2, 16, 40, 6), *unseen)
     assert min(found["explained"]) > max(before["explained"])
+    again = X.quality(model, made, *unseen)
+    assert again.pop("explained") == pytest.approx(found["explained"])
+    assert again == pytest.approx({name: found[name] for name in again})
     sites = X.mlp_sites(model, unseen[0])
     features = [made.encode(l, x) for l, x in enumerate(sites.inputs)]
     for l, (y, guess) in enumerate(zip(sites.outputs, made.decode(features))):
