@@ -14,7 +14,7 @@ Loss below tau: lam shrinks and edges go. A training step, in both training loop
 
     geco.objective(edges, ce).backward()          # edges, ce: of sampled gates, differentiable
     optimizer.step()
-    used = geco.update(seen)                      # each few steps. seen: the CE that the constraint looks at
+    used = geco.update(seen)                      # every few steps. seen: the CE that the constraint looks at
 
 Each loop chooses this CE. The paper does not say which: most likely that of the batch that trains, with sampled gates.
 Ours is that of the model that will be kept: averaged weights and hard gates; in train.py on text not trained on.
@@ -62,7 +62,8 @@ class Geco:
         return edges + self.lam * (ce - self.tau)
 
     def update(self, ce):
-        """One update by (4) and (5). Returns the lam that was in use before it."""
+        """One update by (4) and (5). Returns the lam that was in use before it. ce: nats; a FloatingPointError if it is
+        not finite."""
         ce, used = float(ce), self.lam
         if not math.isfinite(ce):
             raise FloatingPointError(f"the cross-entropy is {ce} at update {self.steps}: lower the learning rate")

@@ -27,7 +27,7 @@ from support.weights import GPT2_SHA256, fetch_gpt2, fill, from_gpt2_layout, mak
 
 @dataclasses.dataclass
 class GPTConfig:
-    block_size: int = 1024    # most positions
+    block_size: int = 1024    # most positions of a sequence
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
@@ -130,10 +130,9 @@ class GPT(nn.Module):
         super().__init__()
         config = dataclasses.replace(config)    # its own: set_gates changes it
         sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
-        if min(sizes) < 1:
-            raise UserError(f"no GPT has these sizes: {config}\nexpected all of them to be at least 1")
-        if config.n_embd % config.n_head:
-            raise UserError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        if min(sizes) < 1 or config.n_embd % config.n_head:
+            raise UserError(f"no GPT has these sizes: {config}\n"
+                            "expected all of them to be at least 1, and n_embd a multiple of n_head")
         self.config = config
         self.notes = {}           # text that checkpoints keep beside the weights, as the toy's layout
         self.recompute = False    # True: a block's activations are computed again in the backward pass, not kept
@@ -153,8 +152,8 @@ class GPT(nn.Module):
         self.set_gates(config.gated)
 
     def set_gates(self, gated, gate_bias=None):
-        """Switch the gates on or off. On: each head gets the bias b that is given, or keeps its own, or gets
-        config.gate_bias. Off: all b are deleted. A gate opens where s > -b, so -b is the head's threshold.
+        """Switch the gates on or off. On: every head gets the number gate_bias as its b; without it a head keeps its b,
+        or gets config.gate_bias. Off: all b are deleted. A gate opens where s > -b, so -b is the head's threshold.
 
         b is h.N.attn.gate_bias (H): saved with the weights, but not trained unless its requires_grad is set.
         """
@@ -170,7 +169,8 @@ class GPT(nn.Module):
 
     def check_length(self, idx):
         if idx.shape[1] > self.config.block_size:
-            raise UserError(f"{idx.shape[1]} positions are more than the model's block_size={self.config.block_size}")
+            raise UserError(f"{idx.shape[1]} positions are more than the model's block_size={self.config.block_size}\n"
+                            "pass a shorter sequence")
 
     def embed(self, idx):
         """idx (B,T) -> what the first block reads, (B,T,C)."""
@@ -185,10 +185,8 @@ class GPT(nn.Module):
         """idx (B,T) tokens; targets (B,T) next tokens, -1 where a position does not count -> Output."""
         x, expected, active = self.embed(idx), [], []                # (B,T,C)
         for block in self.h:
-            if self.recompute and self.training:
-                x, e, a = checkpoint(block, x, use_reentrant=False)
-            else:
-                x, e, a = block(x)
+            again = self.recompute and self.training
+            x, e, a = checkpoint(block, x, use_reentrant=False) if again else block(x)
             expected.append(e)
             active.append(a)
         logits = self.unembed(x)                                     # (B,T,V)
@@ -197,7 +195,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, idx):
-        """Weight of every edge (L,B,H,T,T), as SelfAttention.weights has it."""
+        """Weight of every edge (L,B,H,T,T), A * softmax with hard gates, also in train mode."""
         maps, x = [], self.embed(idx)                                                # (B,T,C)
         for block in self.h:
             q, k, v = block.attn.heads(block.ln_1(x))                                # (B,H,T,D)

@@ -91,7 +91,7 @@ def forward(model, tokens, read=None, write=None, attend=live):
     """Logits (N,T,V) of a run with hard gates that can be looked into and changed on its way.
 
     n is a slice of nodes(config), the heads of a layer together; read is called before they read, write afterwards:
-    read(n, x)     the stream x (N,T,C) -> a copy for each of the n.stop - n.start nodes, (N,n,T,C)
+    read(n, x)     the stream x (N,T,C) -> (N,m,T,C), a copy for each of the m = n.stop - n.start nodes
     write(n, out)  what they wrote, embedding and MLPs (N,T,C), heads their z (N,H,T,D) -> what goes on, shaped like out
     attend(attn, q, k, v)    what the heads of a layer make of q, k and v: `live`, `frozen` or another
     """
@@ -120,12 +120,12 @@ def outputs(model, tokens, read=None, attend=live):
 
 
 def copies(n, x):
-    """The plainest `read`: x (N,T,C) -> (N,n,T,C), the same for each."""
+    """The plainest `read`: x (N,T,C) -> (N,m,T,C), the same for each."""
     return x[:, None].repeat(1, n.stop - n.start, 1, 1)
 
 
 def to_stream(model, start, out):
-    """What `write` gets for the sources from `start` on -> (N,n,T,C), as it enters the stream."""
+    """What `write` gets for the sources from `start` on -> (N,m,T,C), as it enters the stream."""
     if out.ndim == 3:
         return out[:, None]
     weight = model.h[layer_of(start, model.config)].attn.c_proj.weight               # (C,H*D)
@@ -199,16 +199,16 @@ def rank_of(order, config):
     return order.view(-1, order.shape[-1]).argsort(-1).view(-1, config.n_layer, config.n_head)    # inverts it
 
 
+@torch.no_grad()
 def explained_effect(model, clean, corrupt, metric, order):
     """(L*H+1): EE(k) (7), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
     tokens at which m is read: embeddings are not patched."""
-    with torch.no_grad():
-        m_clean = metric(forward(model, clean))
-    return share_of_effect(metric_of_first_heads(model, clean, corrupt, metric, order), m_clean)
+    m = metric_of_first_heads(model, clean, corrupt, metric, order)
+    return share_of_effect(m, metric(forward(model, clean)))
 
 
 def share_of_effect(m, m_clean):
-    """(7) from what was measured: m (N,K), column 0 unpatched; m_clean (N). Equal sentences: 0."""
+    """(7) from what was measured: m (N,K), column 0 unpatched; m_clean (N) -> (K). Equal sentences: 0."""
     m = m.mean(0)
     effect = m_clean.mean() - m[0]
     return (m - m[0]) / (effect if effect else 1)
@@ -244,7 +244,7 @@ def edge_scores(model, clean, corrupt, metric, points=1):
 
         def read(n, x):    # a copy for each destination: its gradient is the one through that destination alone
             destinations.append(n)
-            inputs.append(copies(n, x))                                              # (N,n,T,C)
+            inputs.append(copies(n, x))                                              # (N,m,T,C)
             return inputs[-1]
 
         with torch.enable_grad():
@@ -303,7 +303,7 @@ def edge_ranks(scores, config):
 
 @torch.no_grad()
 def kept_circuit(model, clean, corrupt, metric, edges):
-    """(N) the metric when only the chosen edges (S,S) or (N,S,S) carry the clean signal: is the circuit faithful?
+    """(N) the metric when only the chosen edges, bool (S,S) or (N,S,S), carry the clean signal: is it faithful?
 
     The embedding's output turns clean; every node reads the corrupted stream plus, over its chosen edges, what their
     sources write now minus what they wrote in the corrupted run. All edges give m(clean), none m(corrupt).

@@ -32,7 +32,7 @@ SLOTS = {"reversed": 3, "paper": 5}
 EXAMPLES = {"no carry": (53, 21), "one carry": (36, 28), "two carries": (43, 59)}    # those of Figure 1
 
 
-def encode(a, b, layout):
+def as_text(a, b, layout):
     """One sum as text -> (what the model reads, what it should answer in the slots)."""
     answer = f"{a + b:0{SLOTS[layout]}d}"
     return f"{a:02d}+{b:02d}=" + "?" * len(answer), answer[::-1] if layout == "reversed" else answer
@@ -41,7 +41,7 @@ def encode(a, b, layout):
 def addition_data(layout="reversed"):
     """All 10,000 sums -> tokens (10000,T) and targets (10000,T), -1 outside the slots. Row 100 a + b holds a + b."""
     token = {c: n for n, c in enumerate(ALPHABET)}
-    texts = [encode(a, b, layout) for a in range(100) for b in range(100)]
+    texts = [as_text(a, b, layout) for a in range(100) for b in range(100)]
     idx = torch.tensor([[token[c] for c in question] for question, _ in texts])
     answers = torch.tensor([[token[c] for c in answer] for _, answer in texts])
     targets = torch.full_like(idx, -1)
@@ -56,15 +56,16 @@ def split():
 
 
 def toy_config(layout="reversed", **fields):
-    """A small GPT. 2 layers: a carry must be computed before another slot can fetch it. 1 head: with two heads, each
-    looks up some of the ten digits only, and both keep their gates open; a single head reads the mean of two digits."""
+    """A small GPT. 2 layers: a carry must be computed before another slot can fetch it. 1 head: it reads the mean of
+    two digits. Of two heads each looks up only some of the digits 0 to 9, and both keep their gates open."""
     return GPTConfig(block_size=6 + SLOTS[layout], vocab_size=len(ALPHABET), n_layer=2, n_head=1, n_embd=64,
                      causal=layout == "reversed", **fields)
 
 
 @torch.no_grad()
 def evaluate(model, idx, targets):
-    """With hard gates: CE in nats per digit, share of sums right in every digit, active and expected edges per sum."""
+    """With hard gates: hard_ce, nats per digit; accuracy, the share of sums right in every digit; active and
+    eval_expected, edges per sum."""
     out = model.eval()(idx, targets)
     right = ((out.logits.argmax(-1) == targets) | (targets == -1)).all(1)             # (N)
     edges = allowed_edges(model.config)
@@ -78,56 +79,52 @@ def meets_constraint(found, tau):
     return found["hard_ce"] <= tau and found["accuracy"] == 1
 
 
-def adamw(model, lr, decay, steps, end):
-    """The optimiser of a phase, and its learning rate: up to lr in 100 steps, then down on a cosine to lr * end.
+def adamw(model, decay):
+    """The optimiser of a phase. decay: of c_attn's weights, which make q, k and v.
 
-    decay: of c_attn's weights, which make q, k and v. A gate whose probability is near 0 or 1 has almost no gradient,
-    so by itself it would stay as it is, right or wrong. The decay pulls all scores towards 0: such a gate stays only
-    where the loss holds it. In the dense phase the decay keeps attention spread over several keys: where it sits on one
-    key, the gates later close wrong edges. With gates a decay of 4 is too strong: in some runs needed edges close.
+    A gate whose probability is near 0 or 1 has almost no gradient, so by itself it would stay as it is, right or wrong.
+    The decay pulls all scores towards 0: such a gate stays only where the loss holds it. In the dense phase the decay
+    keeps attention spread over several keys: where it sits on one key, the gates later close wrong edges. With gates a
+    decay of 4 is too strong: in some runs needed edges close.
     """
     attention = [p for name, p in model.named_parameters() if name.endswith("c_attn.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("c_attn.weight")]
     groups = [{"params": attention, "weight_decay": decay}, {"params": others, "weight_decay": 0.01}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-    def share_of_peak(step):
-        cosine = (1 + end) / 2 + (1 - end) / 2 * math.cos(math.pi * step / steps)
-        return min((step + 1) / 100, cosine)
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def descend(objective, ce, optimizer, schedule, where):
-    """One step of the optimiser and of its learning rate. A cross-entropy that is no number ends the run."""
+def descend(objective, ce, optimizer, lr, where):
+    """One step of the optimiser, at the learning rate lr. A cross-entropy that is no number ends the run."""
     if not math.isfinite(ce):
         raise FloatingPointError(f"the cross-entropy is {ce} at {where}\ntake another --seed, or a larger --tau")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.zero_grad()
     objective.backward()
     optimizer.step()
-    schedule.step()
 
 
 def averaging(model):
-    """The model that a phase leaves: updated each 10th step, it averages the weights of the last 100 steps or so."""
+    """The model that a phase leaves: updated every 10th step, it averages the weights of the last 100 steps or so."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
 
 
 def train_dense(model, idx, targets, steps, seed=0):
     """Minimise the cross-entropy until every sum is right at five evaluations in a row, for at most `steps` steps.
 
-    The learning rate stays high: given time, its noise spreads attention that sits on one key. The averaged weights do
-    not contain this noise.
-    Returns the history, one dict per step: ce, nats per digit, and at each 250th step what `evaluate` finds.
+    The learning rate stays high: given time, its noise spreads attention that sits on one key. The averaged weights,
+    which `model` gets at the end, do not contain this noise.
+    Returns the history, a dict for every step: ce, nats per digit, and at every 250th what `evaluate` finds on all of
+    idx.
     """
     order = torch.Generator().manual_seed(seed)    # which sums come when
-    (optimizer, schedule), averaged, history = adamw(model, 2e-3, 4.0, steps, end=1.0), averaging(model), []
+    optimizer, averaged, history = adamw(model, 4.0), averaging(model), []
     in_a_row = 0
     for step in tqdm(range(1, steps + 1), desc="dense ", mininterval=0.5):
         rows = torch.randint(len(idx), (128,), generator=order)
         loss = model.train()(idx[rows], targets[rows]).loss
         history.append({"step": step, "ce": loss.item()})
-        descend(loss, history[-1]["ce"], optimizer, schedule, f"dense step {step}")
+        descend(loss, history[-1]["ce"], optimizer, 2e-3 * min(step / 100, 1), f"dense step {step}")
         if step % 10 == 0 or step == steps:
             averaged.update_parameters(model)
         if step % 250 == 0:
@@ -143,23 +140,24 @@ def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
     """Minimise the expected edges while the cross-entropy of the model that is kept stays below geco.tau.
 
     The gradient comes from sampled gates. The model that one keeps has neither their noise nor that of the batches: it
-    has averaged weights and hard gates. So the constraint looks at this model, each 10th step, on 512 training sums.
+    has averaged weights and hard gates. So the constraint looks at this model, every 10th step, on 512 training sums.
     At the end `model` is the sparsest average that met tau with every sum right at an evaluation, or the last average.
     (The last one need not be right: late in a run needed edges may close all at once.)
-    Returns the history, a dict for each 10th step: ce (this batch, sampled gates, nats per digit), seen (what the
-    constraint saw), lam (used in this step), c_bar, expected (edges per sum) and, each 250 steps and at the last, what
-    `evaluate` finds on all of idx. watch(model) gets the averaged model then.
+    Returns the history, a dict for every 10th step and the last: ce (this batch, sampled gates, nats per digit), seen
+    (what the constraint saw), lam (used in this step), c_bar, expected (edges per sum); at every 250th and the last
+    also what `evaluate` finds on all of idx. watch(model) gets the averaged model then.
     """
     order, look = (torch.Generator().manual_seed(n) for n in (seed, seed + 2**32))    # which sums: to train, to see
     torch.manual_seed(seed)                                                           # gates
-    (optimizer, schedule), averaged, history = adamw(model, 1e-3, 3.0, steps, end=0.1), averaging(model), []
+    optimizer, averaged, history = adamw(model, 3.0), averaging(model), []
     edges, bar = allowed_edges(model.config), tqdm(range(1, steps + 1), desc="sparse", mininterval=0.5)
     fewest, kept = math.inf, averaged.module
     for step in bar:
         rows = torch.randint(len(idx), (32,), generator=order)
         out = model.train()(idx[rows], targets[rows])
         share, ce = out.expected_edges.mean(), out.loss.item()
-        descend(geco.objective(share, out.loss), ce, optimizer, schedule, f"sparse step {step}")
+        lr = 1e-3 * min(step / 100, 0.55 + 0.45 * math.cos(math.pi * (step - 1) / steps))    # down to a tenth
+        descend(geco.objective(share, out.loss), ce, optimizer, lr, f"sparse step {step}")
         if step % 10 == 0 or step == steps:
             averaged.update_parameters(model)
             rows = torch.randint(len(idx), (512,), generator=look)
@@ -203,7 +201,6 @@ def find_carry_edge(model, idx, train_rows, held_out):
         carry = idx[rows, 1] + idx[rows, 4] >= 10                                     # (N)
         return is_open[:, carry].mean(1), is_open[:, ~carry].mean(1)                  # (L,H,T) each
 
-    model.eval()
     with_carry, without = shares(train_rows)
     edge = tuple(int(n) for n in torch.unravel_index((with_carry - without).abs().argmax(), without.shape))
     with_carry, without = shares(held_out)
@@ -220,7 +217,7 @@ def attention_rows(models, layout):
     """Figure 1, for draw_attention: the maps of three sums, a row each, dense beside sparse, every layer and head."""
     idx, rows = addition_data(layout)[0], []
     for name, (a, b) in EXAMPLES.items():
-        question, panels = encode(a, b, layout)[0], []
+        question, panels = as_text(a, b, layout)[0], []
         for kind, model in models.items():
             model.eval()
             one_sum, H = idx[100 * a + b][None], model.config.n_head
@@ -266,7 +263,7 @@ def run(args):
     write_csv(os.path.join(args.out, "log.csv"), evaluations)
     draw_training(dense_history, history, args.tau, os.path.join(args.out, "training.png"))
     if not args.no_gif:
-        question = encode(a, b, args.layout)[0]
+        question = as_text(a, b, args.layout)[0]
         draw_film(evaluations, frames, [*question[:6], *places(args.layout)], question, config.causal, args.tau,
                   f"{a} + {b}", os.path.join(args.out, "addition.gif"))
     seconds = round(time.time() - started, 1)

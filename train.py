@@ -8,10 +8,10 @@
 
 RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a
 line per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose
-validation loss met tau), summary.json and three pictures; with --init scratch also dense/, log.csv and last.pt of the
-dense training. Losses are cross-entropies in nats per token; edges are shares of the allowed ones. The gradient comes
-from sampled gates on the training text; lambda looks at the model that is kept, averaged weights and hard gates, on
-text never trained on.
+validation loss met tau), summary.json and three pictures; a --dense run gets neither best.pt nor pictures. With
+--init scratch there is also dense/, log.csv and last.pt of the dense training. Losses are cross-entropies in nats per
+token; edges are shares of the allowed ones. The gradient comes from sampled gates on the training text; lambda looks
+at the model that is kept, averaged weights and hard gates, on text never trained on.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed gives what an uninterrupted one gives.
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from geco import Geco
 from model import GPT, GPTConfig, allowed_edges
-from support.data import batch, byte_encoding, encoding_of, gpt2_encoding, load as load_data, spread
+from support.data import batch, byte_encoding, encoding_of, gpt2_encoding, load_data, spread
 from support.files import UserError, read_json, run_command, write_json
 from support.log import Log
 from support.losses import divergence
@@ -40,9 +40,9 @@ from support.report import report
 
 
 @torch.no_grad()
-def evaluate(model, tokens, place, args):
-    """Hard gates, the same windows each time -> validation CE in nats per token, active share (L,H)."""
-    windows = [t.to(place.device) for t in spread(tokens, model.config.block_size, args.eval_windows)]    # (N,T) each
+def evaluate(model, windows, place, args):
+    """With hard gates, on windows (N,T) of tokens and of next tokens -> CE in nats per token, active share (L,H)."""
+    windows = [t.to(place.device) for t in windows]
     model.eval()
     ce, active = 0.0, 0.0
     for idx, targets in zip(*(t.split(args.batch_size) for t in windows)):
@@ -55,31 +55,29 @@ def evaluate(model, tokens, place, args):
 
 def look_every(args):
     """Steps from one look of lambda to the next. A look with hard gates costs a forward pass, about a third of a step,
-    so each fourth step: a twelfth of the time, less with --grad-accum."""
+    so every fourth step: a twelfth of the time, less with --grad-accum."""
     return 1 if args.constraint == "sampled" else 4
 
 
-@torch.no_grad()
 def look(model, tokens, n, place, args):
-    """What lambda sees at its n-th look: CE of hard gates in nats per token, on one batch of windows a process."""
+    """The n-th look of lambda: CE of hard gates in nats per token, on one batch of windows a process."""
     first = (n * place.size + place.rank) * args.batch_size
-    idx, targets = batch(tokens, model.config.block_size, first, args.batch_size, args.seed)
-    with place.autocast():
-        ce = model.eval()(idx.to(place.device), targets.to(place.device)).loss.item()
-    return place.mean(ce)[0]
+    windows = batch(tokens, model.config.block_size, first, args.batch_size, args.seed)
+    return place.mean(evaluate(model, windows, place, args)[0])[0]
 
 
 def adamw(model, args):
-    """AdamW, and a group of their own for the thresholds: another rate, and no decay."""
+    """AdamW, with a group of its own for the gates' b: another rate, and no decay."""
     trained = [(name.endswith("gate_bias"), p) for name, p in model.named_parameters() if p.requires_grad]
-    weights = {"params": [p for is_threshold, p in trained if not is_threshold], "times": 1.0}
-    thresholds = {"params": [p for is_threshold, p in trained if is_threshold], "times": args.gate_bias_lr / args.lr}
-    return torch.optim.AdamW([weights, thresholds | {"weight_decay": 0.0}], betas=(0.9, 0.95),
+    weights = {"params": [p for is_bias, p in trained if not is_bias], "times": 1.0}
+    biases = {"params": [p for is_bias, p in trained if is_bias], "times": args.gate_bias_lr / args.lr}
+    return torch.optim.AdamW([weights, biases | {"weight_decay": 0.0}], betas=(0.9, 0.95),
                              weight_decay=args.weight_decay, fused=True)
 
 
 def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
-    """Add the gradient of a step on windows of T tokens to the weights' .grad -> its CE, expected and sampled edges.
+    """Add the gradient of a step on windows of T tokens to the weights' .grad -> its CE in nats per token, expected
+    and open share of edges.
 
     forward: the model, which may be compiled or wrapped. The three numbers are the same in every process.
     """
@@ -161,6 +159,7 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     train_tokens, val_tokens, constraint_tokens = data
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
     T, steps, every = model.config.block_size, args.steps, look_every(args)
+    val_windows = spread(val_tokens, T, args.eval_windows)               # the same at each evaluation
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     averaged = twin(model)
     log = Log(out, model, averaged, optimizer, geco)
@@ -177,14 +176,14 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
         if place.rank == 0:
             os.write(2, b"\nthis step ends, then the run is saved\n")    # print may not be called here
 
-    signal.signal(signal.SIGINT, finish)
+    before = signal.signal(signal.SIGINT, finish)
     bar = tqdm(total=steps * tokens_per_step, initial=log.step * tokens_per_step, unit=" tokens", unit_scale=True,
                desc="sparse" if geco else "dense ", disable=place.rank > 0)
     model.train()
     for step in range(log.step, steps + 1):    # once more than there are steps, to evaluate the last
         recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
         if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
-            log.add(step * tokens_per_step, *evaluate(averaged, val_tokens, place, args))
+            log.add(step * tokens_per_step, *evaluate(averaged, val_windows, place, args))
         if place.any(interrupted):
             stop(log, place, args)
         if step == steps:
@@ -193,7 +192,7 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not (math.isfinite(ce) and math.isfinite(norm)):
             raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
-                                     "start anew, in another --out, with a lower --lr")
+                                     "start anew in another --out, with a lower --lr (of the dense phase: --dense-lr)")
         warm, cosine = (step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps)
         optimizer_step(optimizer, args.lr * min(warm, cosine), scores, args.score_lr if geco else 1)
         average(averaged, model, step)
@@ -208,7 +207,7 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
         bar.set_postfix_str(status, refresh=False)
         bar.update(tokens_per_step)
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, before)
     model.load_state_dict(averaged.state_dict())
 
 
@@ -280,8 +279,8 @@ def untouched(model, data, place, args):
     path, (_, val_tokens, constraint_tokens) = os.path.join(args.out, "base.json"), data
     if os.path.exists(path):
         return read_json(path)
-    ce, active = evaluate(model, val_tokens, place, args)
-    constraint_ce, _ = evaluate(model, constraint_tokens, place, args)
+    windows = [spread(tokens, model.config.block_size, args.eval_windows) for tokens in (val_tokens, constraint_tokens)]
+    (ce, active), (constraint_ce, _) = (evaluate(model, split, place, args) for split in windows)
     ce, active, constraint_ce = place.mean(ce, active.mean().item(), constraint_ce)
     if not math.isfinite(ce):
         raise UserError(f"the untouched model's validation CE is {ce}\nits weights are no good: "

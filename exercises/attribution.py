@@ -1,4 +1,4 @@
-"""7. Scores from one gradient, true effects, and the hard gate at which they part (60 minutes)
+"""7. Attribution patching: scores from one gradient, true effects, and the hard gate at which they part (60 minutes)
 
 Patching every edge for real costs a run each. Attribution patching takes the first-order estimate instead: for a head,
     s(head) = sum over positions of (z(clean) - z(corrupt)) . dm/dz, the gradient taken on the corrupted run,

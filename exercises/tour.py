@@ -17,14 +17,14 @@ from gates import sample_gates, sparse_attention
 from model import GPT
 from support.figures import draw_attention
 from support.files import UserError, between, read_json, run_command
-from toy_addition import ALPHABET, addition_data, encode, places, toy_geco
+from toy_addition import ALPHABET, addition_data, as_text, places, toy_geco
 
 ROOT = Path(__file__).parent.parent
 SLOT = 7    # the tens slot of the layout that is read from left to right
 
 
 def quote(file, begins):
-    """The line of a file that begins so, with its number, as '    gates.py:61    scores = ...'."""
+    """The line of a file that begins so, with its number, as '    gates.py:N    scores = ...'."""
     for n, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), 1):
         if line.strip().startswith(begins):
             return f"    {file}:{n}    {line.strip()}"
@@ -107,7 +107,7 @@ def tour(args):
     dense, sparse = (GPT.from_pretrained(path) for path in paths[:2])
     if sparse.notes.get("layout") != "reversed" or sparse.config.n_head != 1:
         raise UserError("this walk needs a toy of the layout reversed\ntrain one with python toy_addition.py")
-    question, answer = encode(args.a, args.b, "reversed")
+    question, answer = as_text(args.a, args.b, "reversed")
     idx = addition_data()[0][100 * args.a + args.b][None]                                # (1,T)
     found = ["".join(ALPHABET[n] for n in model(idx).logits[0, -3:].argmax(-1)) for model in (dense, sparse)]
     say(f"1. The sum {args.a} + {args.b} is read as {question}; the answer goes backwards into the three slots",

@@ -1,4 +1,4 @@
-"""Attention attribution, dense beside sparse: how many heads and keys carry what acts across positions?
+"""The command of extras/attribution.py, dense beside sparse: how many heads and keys carry what acts across positions?
 
     python -m extras.attribute --dense A --sparse B [--prompts 50] [--out runs/attribution]
 
@@ -31,13 +31,13 @@ import torch
 from tqdm import tqdm
 
 from extras.attribution import Frozen, importance, prune
-from extras.circuits import same_shape
+from extras.circuits import check_same_shape
 from extras.figures import draw_carriers, draw_graphs
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
 from extras.transcoder import FREE, load_transcoder, mlp_sites
 from patching import cumulative, first_reaching
-from support.data import load as load_data, spread
+from support.data import load_data, spread
 from support.files import UserError, between, make_folder, read_json, run_command, write_json
 from toy_addition import addition_data, split as split_sums
 
@@ -54,7 +54,7 @@ UNITS = {"heads": lambda c: c.sum((-2, -1)).abs(), "(head, key)": lambda c: c.su
 
 @torch.no_grad()
 def prompts_of(models, data, count, length, seed):
-    """Prompts (N,T), and the token after each (N), which all models find the likeliest."""
+    """Prompts (N,T) and their answers (N), which all models get right: the next token; of a sum the tens digit."""
     some = models[0]
     if data == "addition":
         if some.notes["layout"] != "reversed":
@@ -85,7 +85,8 @@ def likeliest(model, idx):
 
 @torch.no_grad()
 def largest_weights(model, tokens, counts):
-    """keep (L,H,T,T) of a run in which, layer by layer, query i keeps its counts[l,i] largest weights of all heads."""
+    """keep (L,H,T,T), 0 or 1: in layer l query i keeps the counts[l,i] largest weights that it has in all heads, after
+    the layers before have been cut so. tokens (T), counts (L,T)."""
     L, H, T = model.config.n_layer, model.config.n_head, len(tokens)
     keep = torch.ones(L, H, T, T)
     for l, block in enumerate(model.h):
@@ -233,7 +234,7 @@ def compare(args):
         raise UserError(f"{args.dense} and {args.sparse} were trained with other {', '.join(differ)}\n"
                         "compare two transcoders that were trained alike")
     models = {name: load_model(run["model"]).requires_grad_(False) for name, run in runs.items()}
-    same_shape(models, f"the models of {args.dense} and {args.sparse}")
+    check_same_shape(models, f"the models of {args.dense} and {args.sparse}")
     transcoders = {name: load_transcoder(folders[name], model) for name, model in models.items()}
     quality = {name: read_json(os.path.join(folder, "summary.json")) for name, folder in folders.items()}
     data, config = runs["dense"]["data"], models["dense"].config

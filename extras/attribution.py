@@ -111,8 +111,8 @@ class Frozen:
         return (out if bias else out - attn.project(torch.zeros_like(z))).view(x.shape)
 
     def run(self, written, bias, until=None):
-        """The linear run: written (L+1,...,T,C) -> what the encoders read, L of (...,T,C), what the head reads, and by
-        layer the stream before the attention, and what the attention adds to it. until: stop before this layer."""
+        """The linear run: written (L+1,...,T,C) -> what the encoders read, L of (...,T,C); what the output head reads;
+        the stream before each attention, and at the end; what each attention adds. until: stop before this layer."""
         x, reads, before, added = written[0], [], [], []
         for l, block in enumerate(self.model.h[:until]):
             before.append(x)

@@ -23,7 +23,8 @@ from gates import sparse_attention
 from model import GPT, GPTConfig
 from patching import edge_scores, head_scores
 from support.blockwise import blockwise_attention
-from support.files import between, make_folder, pick_device, run_command
+from support.files import between, make_folder, run_command
+from support.place import pick_device
 
 HEADS, HEAD_SIZE, TOKENS = 12, 64, 4096
 COLUMNS = ("   T", "plain ms", "ours ms", "dense ms", "plain / ours", "ours / dense", "plain MiB", "ours MiB",
@@ -40,7 +41,7 @@ ATTENTIONS = {"plain": sparse_attention, "ours": blockwise_attention, "dense": d
 # ---- What is timed
 
 def inputs(T, device, tokens=TOKENS):
-    """q, k and v (B,H,T,D), B T at most `tokens` but for one sequence; bfloat16 on cuda, float32 on a CPU."""
+    """q, k and v (B,H,T,D), B T at most `tokens`, but B at least 1; bfloat16 on cuda, float32 on a CPU."""
     shape, dtype = (max(1, tokens // T), HEADS, T, HEAD_SIZE), torch.bfloat16 if device == "cuda" else torch.float32
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
 

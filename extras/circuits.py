@@ -19,7 +19,8 @@ import patching as P
 from extras.figures import draw_circuits, draw_edges, draw_heads
 from extras.llama import load_model
 from extras.tasks import TASKS, make_pairs, select
-from support.files import UserError, between, make_folder, pick_device, run_command, write_json
+from support.files import UserError, between, make_folder, run_command, write_json
+from support.place import pick_device
 
 USABLE = 0.1       # least m(clean) - m(corrupt) of a pair that has an effect to explain, in the metric's units
 FAILS = 0.8        # a model that is right in a smaller share of the clean sentences does not do the task
@@ -39,12 +40,13 @@ def load_models(args):
     """{"dense": model, "sparse": model} on the device: two of one shape, but for the length that they read at most."""
     args.device = pick_device(args.device)
     models = {name: load_model(getattr(args, name)).to(args.device) for name in ("dense", "sparse")}
-    same_shape(models, f"{args.dense} and {args.sparse}")
+    check_same_shape(models, f"{args.dense} and {args.sparse}")
     return models
 
 
-def same_shape(models, who):
-    """An error, if the dense and the sparse model differ in more than their gates and the length that they read."""
+def check_same_shape(models, who):
+    """A UserError if the dense and the sparse model differ in more than their gates and the length that they read. who:
+    their names, for the message."""
     dense, sparse = ({**vars(model.config), "family": type(model).__name__,
                       "their layout of sums": model.notes.get("layout")} for model in models.values())
     differ = [f"{key} {dense.get(key)} and {sparse.get(key)}" for key in sorted(dense.keys() | sparse.keys())
@@ -168,7 +170,7 @@ def spearman(x, y):
 # ---- What is shown
 
 def gates_of(model):
-    """The thresholds of a model's gates in words."""
+    """The b of a model's gates in words."""
     if not model.config.gated:
         return "no gates"
     low, high = (round(b.item(), 3) for b in torch.cat([block.attn.gate_bias for block in model.h]).aminmax())

@@ -22,7 +22,7 @@ from extras.circuits import load_models, model_options
 from extras.figures import draw_distance
 from extras.tokenizer import encoding_of
 from model import allowed_edges
-from support.data import load
+from support.data import load_data
 from support.files import UserError, between, make_folder, run_command, write_json
 
 AT_ONCE = 4096    # tokens in a forward pass
@@ -67,9 +67,9 @@ def rows_of_copy(tokens, ends, d):
 def compare(args):
     models = load_models(args)
     longest = min(args.longest, *(model.config.block_size for model in models.values()))
-    tokens = load(args.data, encoding_of(models["dense"]))[1]
+    tokens = load_data(args.data, encoding_of(models["dense"]))[1]
     if longest < 4:    # a copy needs two tokens twice
-        raise UserError(f"a context of {longest} is below 4\npass another --longest, or models that read more")
+        raise UserError(f"the models read at most {longest} tokens\npass models that read 4 or more")
     if len(tokens) < longest + 2:    # an error bar needs two places
         raise UserError(f"{args.data} has too few validation tokens for a context of {longest}\npass more text")
     make_folder(args.out)

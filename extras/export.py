@@ -2,9 +2,9 @@
 
     python -m extras.export runs/gpt2/best.pt OUT
 
-OUT gets config.json and model.safetensors, an ordinary model without gates; a sparse model's thresholds lie beside them
-in gate_bias.json, a list (H) for each layer. `load_exported(OUT)` reads all of it again. Adapters must be merged: they
-are, by load_model. A tokenizer.json that the checkpoint knows of is copied.
+OUT gets config.json and model.safetensors, an ordinary model without gates; the b of a sparse model's gates lie beside
+them in gate_bias.json, a list (H) for each layer. `load_exported(OUT)` reads all of it again. Adapters must be merged:
+they are, by load_model. A tokenizer.json that the checkpoint knows of is copied.
 """
 import argparse
 import json
@@ -58,21 +58,23 @@ def write_safetensors(tensors, path):
 
 def export(model, out):
     """Write the model into the folder `out`, which must not hold one already."""
+    if not getattr(model.config, "causal", True):
+        raise UserError("GPT-2's layout has no place for a model without a causal mask\npass a causal one")
     make_folder(out)
     if os.path.exists(os.path.join(out, "config.json")):
         raise UserError(f"{out} holds a model already\npass an empty folder")
     tensors, config = (to_llama_layout if isinstance(model, Llama) else to_gpt2_layout)(model)
-    thresholds = [tensors.pop(name).tolist() for name in list(tensors) if name.endswith("gate_bias")]
+    biases = [tensors.pop(name).tolist() for name in list(tensors) if name.endswith("gate_bias")]
     write_safetensors(tensors, os.path.join(out, "model.safetensors"))
-    if thresholds:
-        write_json(os.path.join(out, "gate_bias.json"), {"gate_bias": thresholds})
+    if biases:
+        write_json(os.path.join(out, "gate_bias.json"), {"gate_bias": biases})
     if os.path.exists(model.notes.get("tokenizer", "")):
         shutil.copy(model.notes["tokenizer"], os.path.join(out, "tokenizer.json"))
     write_json(os.path.join(out, "config.json"), config)    # the last file: it says that all is there
 
 
 def load_exported(folder):
-    """The model that `export` wrote, with its gates and thresholds if it has them; on the CPU, in eval mode."""
+    """The model that `export` wrote, with its gates and their b if it has them; on the CPU, in eval mode."""
     path = os.path.join(folder, "gate_bias.json")
     model = load_model(folder, gated=os.path.exists(path))
     if model.config.gated:

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
-from support.figures import plt, save
+from support.figures import save
 
 STYLES = {"dense": dict(color="black", ls="-", lw=2.2), "sparse": dict(color="C1", ls="--", lw=1.6)}
 CUT = dict(color="C0", ls=":", lw=2)
@@ -18,9 +19,9 @@ SPEED_STYLES = {"plain": dict(color="C3", ls=":", label="plain definition"),
 
 @contextlib.contextmanager
 def picture(path, title, rows, columns, size, **options):
-    """The axes (rows,columns) to draw on. The picture is written at the end. size: inches; options: of plt.subplots."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
-    yield axes
+    """The axes (rows,columns) to draw on. The picture is written at the end. size: inches; options: of subplots."""
+    figure = Figure(size, layout="constrained")
+    yield figure.subplots(rows, columns, squeeze=False, **options)
     figure.suptitle(title)
     save(figure, path)
 
@@ -64,7 +65,7 @@ def finish_effects(ax, share, of, kind):
 
 def draw_circuits(circuits, L, H, total, title, path):
     """Figure 4b: circuits on a grid of heads with the MLPs to the right; width by |score|, dashed below 0. Nodes that
-    take part are dark, and have their names (layer.head) if they are few.
+    take part have a black frame, and their names (layer.head) if they are few.
 
     circuits: {model: (S,S) the scores of its edges, 0 for all others}, as patching.edge_scores orders them; total:
     edges there are.

@@ -85,8 +85,8 @@ class LlamaAttention(SelfAttention):
     def heads(self, x):
         """x (B,T,C), or (B,H,T,C) with a copy for each query head -> q, k, v, each (B,H,T,D), q and k rotated.
 
-        A query head's k and v are those of the head that it shares with others: the same for all of them, or with
-        copies made from its own.
+        Several query heads share a head of k and v. From x (B,T,C) they get the same k and v; from copies each gets
+        those that its own copy makes.
         """
         D, f = self.config.n_embd // self.config.n_head, rotary_frequencies(self.config, x.device)
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -98,7 +98,7 @@ class LlamaAttention(SelfAttention):
         return rotate(q, f), rotate(k, f).repeat_interleave(share, 1), v.repeat_interleave(share, 1)
 
     def score_weights(self):
-        """What makes the scores, as far as it is trained: q's and k's projections, of an adapter its b."""
+        """The trained weights that make the scores: q's and k's projections; of an adapter its matrix B."""
         return [p for part in (self.q_proj, self.k_proj) for name, p in part.named_parameters()
                 if p.requires_grad and name != "a"]
 

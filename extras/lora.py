@@ -33,7 +33,8 @@ class Adapted(nn.Module):
 
 
 def add_adapters(model, rank, everything=False, dtype=torch.float32, generator=None):
-    """Freeze the model, store its linear layers in dtype, and put adapters on q and k (or on every linear layer).
+    """Freeze the model, store its linear layers (not lm_head) in dtype, and put adapters on q and k, or with
+    `everything` on all these layers.
 
     Of GPT-2's c_attn, which makes q, k and v, the rows of q and k get one adapter together. Returns the model.
     """

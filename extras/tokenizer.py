@@ -39,8 +39,8 @@ def encoding_of(model):
 class HuggingFaceEncoding(tiktoken.Encoding):
     """Three things that Hugging Face's tokenizers do and tiktoken does not.
 
-    Some vocabularies lack bytes that are rare in text: these are left out, as late as here. (tiktoken needs all 256, so
-    that the lacking ones get numbers above the vocabulary for a moment; Hugging Face merges what stood around them.)
+    Some vocabularies lack bytes that are rare in text. tiktoken needs all 256, so the lacking ones get numbers above
+    the vocabulary, and are dropped after merging. (Hugging Face drops them before, so their neighbours may merge.)
     Some add words that are found in ordinary text before all else, as OLMo's runs of spaces: the longest first. And
     some compose letters and accents first (nfc).
     """

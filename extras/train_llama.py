@@ -14,7 +14,7 @@ from support.files import UserError, between
 
 OPTIONS = (
     ("lora-rank", between(int, 0, 10**4), 0, "train adapters of this rank on q and k, not the weights; 0: off"),
-    ("lora-all", bool, False, "with --lora-rank: adapters on every linear layer"),
+    ("lora-all", bool, False, "with --lora-rank: adapters on every linear layer but the output head"),
 )
 
 

@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
-from support.data import batch, load as load_data, spread
-from support.files import (UserError, between, first_line, make_folder, pick_device, read_json, replacing, run_command,
-                           whole, write_csv, write_json)
+from support.data import batch, load_data, spread
+from support.files import (UserError, absolute, between, explained, make_folder, read_json, replacing, run_command,
+                           write_csv, write_json)
 from support.losses import cross_entropy
+from support.place import pick_device
 from support.weights import BAD_PICKLE, GPT2_SHA256
 from toy_addition import ALPHABET, addition_data, split
 
@@ -246,12 +247,9 @@ def train(model, tokens, args):
 def read(path, model, device):
     """What a run has left in its last.pt, if it was for this model."""
     names = "model", "options", "of", "step", "optimizer", "rows", "idle", "variance"
-    try:
+    with explained(f"{path} holds no transcoder", "pass a folder that python -m extras.transcoder made", *BAD_PICKLE):
         saved = torch.load(path, map_location=device, weights_only=True)
         saved = {name: saved[name] for name in names}
-    except BAD_PICKLE as error:
-        raise UserError(f"{path} holds no transcoder ({first_line(error)})\n"
-                        "pass a folder that python -m extras.transcoder made") from error
     if saved["of"] != fingerprint(model):
         raise UserError(f"{path} is the transcoder of a model with other weights\ntrain one for this model, in another "
                         "--out")
@@ -268,8 +266,9 @@ def load_transcoder(folder, model):
 
 @torch.no_grad()
 def quality(model, transcoder, idx, targets):
-    """How good it is on idx and targets (N,T): explained variance by layer (L), share of features that are never
-    active, active features a token and layer, and the CE of the model, with features, and with means for MLPs."""
+    """How good it is on idx and targets (N,T). explained (L): share of the MLPs' variance; dead: share of features that
+    are never active; active: features a token and layer; ce, ce_features, ce_means, nats a token: of the model, with
+    features for MLPs, with means for MLPs; recovered: the share of ce_means - ce that features save."""
     L, C, at_once = model.config.n_layer, model.config.n_embd, max(1, AT_ONCE // idx.shape[1])
     parts = list(zip(idx.split(at_once), targets.split(at_once)))
     totals, squares, missed = (torch.zeros(L, C, dtype=torch.float64) for _ in range(3))    # on the CPU: mps has none
@@ -306,7 +305,7 @@ def quality(model, transcoder, idx, targets):
 def run(args):
     make_folder(args.out)
     options, path = dict(vars(args)), os.path.join(args.out, "args.json")
-    options |= {name: whole(options[name], NAMES) for name in ("model", "data")}
+    options |= {name: absolute(options[name], NAMES) for name in ("model", "data")}
     if os.path.exists(path):
         old = read_json(path)
         differ = [name for name in options if name not in FREE and old.get(name) != options[name]]

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from support.shapes import checked_bias
 
-ROWS = 64              # R, at least: more compute more edges that the causal mask hides; fewer mean more calls
+ROWS = 64              # R on a CPU, and the least on an accelerator: more computes more edges that the causal mask
+                       # hides, fewer needs more calls
 CELLS_CPU = 2**19      # G K R aimed at: what a CPU's cache holds, or, on an accelerator, what keeps its cores busy
 CELLS_GPU = 2**23
 SCALE = 2**-32 * (1 - 2**-23)    # from all 32-bit integers to the inside of (-1/2, 1/2)

@@ -1,6 +1,6 @@
 """Text in, tokens out: what train.py reads, and the two vocabularies that need no file.
 
-    train, val, constraint = load("openwebtext", gpt2_encoding())    # arrays of tokens, in the cache after one call
+    train, val, constraint = load_data("openwebtext", gpt2_encoding())    # arrays of tokens; the cache keeps them
     idx, targets = batch(train, T=1024, first=0, count=16, seed=0)
 
 A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, each goes to one of three
@@ -26,7 +26,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from support.files import UserError, fetch
+from support.files import UserError, explained, fetch
 
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"
 OFFLINE = ("without network: --data PATH (a .txt, a folder of them, a .bin of tokens), or\n"
@@ -46,11 +46,10 @@ def byte_encoding():
 
 def gpt2_encoding():
     """GPT-2's byte-pair encoding, which tiktoken downloads once."""
-    try:
+    advice = ("set TIKTOKEN_CACHE_DIR to a folder that has it; "
+              "python train.py --init scratch --data stdlib needs none")
+    with explained("cannot download GPT-2's vocabulary", advice, OSError, ValueError):    # ValueError: wrong hash
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:    # requests' errors are OSErrors; ValueError: wrong hash
-        raise UserError(f"cannot download GPT-2's vocabulary: {str(error)[:120]}\nset TIKTOKEN_CACHE_DIR to a folder "
-                        "that has it; python train.py --init scratch --data stdlib needs none") from error
 
 
 def encoding_of(model):
@@ -102,7 +101,7 @@ def checked_source(source):
     return os.path.abspath(source)
 
 
-def load(source, encoding):
+def load_data(source, encoding):
     """Tokens of the three splits, memory-mapped arrays of whole documents, in the order of SPLITS."""
     source, cache = checked_source(source), Path(torch.hub.get_dir(), "sparse-attention-data")
     if source.endswith(".bin"):
@@ -141,20 +140,18 @@ def archived_texts(path):
             elif member.name.endswith(".xz"):
                 with tarfile.open(fileobj=tar.extractfile(member), mode="r|xz") as inner:
                     yield from walk(inner)
-    try:
+
+    with explained(f"{path} is damaged or truncated", "delete it and run again",
+                   tarfile.TarError, lzma.LZMAError, EOFError, OSError):
         with tarfile.open(path, mode="r|*") as tar:
             yield from walk(tar)
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged or truncated: {error}\ndelete it and run again") from error
 
 
 def texts_of(files):
     """The documents of .txt files: each file is one, or several with two blank lines between them."""
     for path in files:
-        try:
+        with explained(f"cannot read {path}", "pass text files that you may read", OSError):
             text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}\npass text files that you may read") from error
         yield from filter(str.strip, re.split(r"\n{3,}", text))
 
 
@@ -206,8 +203,6 @@ def tokenise(documents, encoding, folder):
 
 def read_tokens(path, encoding):
     """A file of tokens, mapped into memory: uint16, or uint32 for a vocabulary that needs it."""
-    try:
+    advice = "if you did not name this file, delete its folder and run again; else pass another"
+    with explained(f"cannot read the tokens in {path}", advice, OSError, ValueError):
         return np.memmap(path, token_type(encoding), "r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tokens in {path}: {error}\n"
-                        "if you did not name this file, delete its folder and run again; else pass another") from error

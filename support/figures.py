@@ -2,12 +2,11 @@
 
 Colours are told apart in greyscale too: lines differ in style, maps go from white to dark.
 """
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")    # draws into files, needs no screen
-import matplotlib.pyplot as plt
 from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure    # pyplot would need a screen, or its settings changed for all who use it
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
 from support.files import replacing
 
@@ -15,7 +14,6 @@ from support.files import replacing
 def save(figure, path):
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def draw_weights(ax, weights, causal, boxed):
@@ -24,7 +22,7 @@ def draw_weights(ax, weights, causal, boxed):
         weights = np.ma.masked_where(np.triu(np.ones(weights.shape), 1) > 0, weights)
         ax.set_facecolor("0.88")
     for i, j in np.argwhere(np.ma.filled(weights, 0) > 0) if boxed else ():
-        ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1))
+        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=1))
     return ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
 
 
@@ -35,8 +33,8 @@ def draw_attention(rows, causal, title, path, size=2.9):
     queries and keys are the T labels of the axes, boxed draws a frame around every edge that is not 0.
     """
     columns = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed",
-                                figsize=(size * columns, size * len(rows) + 1))
+    figure = Figure((size * columns, size * len(rows) + 1), layout="compressed")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, panels) in zip(axes, rows):
         for ax, (name, weights, queries, keys, boxed) in zip(row, panels):
             image = draw_weights(ax, weights, causal, boxed)
@@ -58,7 +56,7 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
 
     rows: evaluations of toy_addition.train_sparse; maps: for each the weights (L,H,T,T); queries, keys: the T labels.
     """
-    figure = plt.figure(figsize=(7.5, 6), layout="constrained")
+    figure = Figure((7.5, 6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     L, H, T, _ = maps[0].shape
     panels, curves = top.subplots(1, L * H, squeeze=False)[0], bottom.subplots(1, 3)
@@ -96,7 +94,6 @@ def draw_film(rows, maps, queries, keys, causal, tau, title, path):
         for frame in [*range(len(rows)), *[len(rows) - 1] * 4]:    # the last one stays a while
             draw(frame)
             writer.grab_frame()
-    plt.close(figure)
 
 
 def draw_training(dense, sparse, tau, path):
@@ -104,7 +101,8 @@ def draw_training(dense, sparse, tau, path):
 
     dense, sparse: histories of toy_addition.train_dense and train_sparse.
     """
-    figure, (ce, lam, edges) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    figure = Figure((8, 8), layout="constrained")
+    ce, lam, edges = figure.subplots(3, 1, sharex=True)
     steps, evaluated = [row["step"] for row in sparse], [row for row in sparse if "hard_ce" in row]
     at = [row["step"] for row in evaluated]
     before = [row["step"] - len(dense) for row in dense]
@@ -121,7 +119,7 @@ def draw_training(dense, sparse, tau, path):
     edges.semilogy(at, [row["active"] for row in evaluated], "k", lw=1.2, label="active, hard gates")
     edges.set(ylabel="edges per sum", xlabel="step (0: the gates are switched on)")
     for axis in (lam.yaxis, edges.yaxis):    # 10, 20, 50, ...
-        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     ce.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2)
@@ -134,7 +132,8 @@ def draw_curve(rows, lines, tau, path):
 
     rows: those of log.csv; lines: (name, cross-entropy, active share) of the models that are compared.
     """
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure((7, 4.5), layout="constrained")
+    ax = figure.subplots()
     share = [100 * row["active"] for row in rows]
     ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training")
     ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8),
@@ -153,7 +152,8 @@ def draw_curve(rows, lines, tau, path):
 def draw_heads(by_head, path):
     """Share of active edges (L,H) as a map, in percent."""
     L, H = by_head.shape
-    figure, ax = plt.subplots(figsize=(1.5 + 0.6 * max(H, 6), 1.2 + 0.5 * L), layout="constrained")
+    figure = Figure((1.5 + 0.6 * max(H, 6), 1.2 + 0.5 * L), layout="constrained")
+    ax = figure.subplots()
     image = ax.imshow(100 * by_head, cmap="Blues", vmin=0)
     for l, h in np.ndindex(L, H):
         percent = 100 * by_head[l, h]

@@ -21,6 +21,15 @@ def first_line(error):
     return (getattr(error, "strerror", None) or str(error)).partition("\n")[0][:160]
 
 
+@contextlib.contextmanager
+def explained(what, advice, *errors):
+    """These errors of the block become a UserError. Its two lines: what went wrong, and what to do."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{what}: {first_line(error)}\n{advice}") from error
+
+
 def between(kind, low, high):
     """A type for argparse: an int or float from low to high."""
     def parse(text):
@@ -44,34 +53,21 @@ def run_command(parser, function):
         sys.exit("stopped")
 
 
-def pick_device(name=None):
-    """The name of a device that this machine has: `name`, or without one cuda, else cpu."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or ("cuda" if here["cuda"] else "cpu")
-    if not here[name]:
-        raise UserError(f"this machine has no {name}\npass --device cpu")
-    if name == "mps":
-        print("warning: PyTorch has computed wrong results on mps before: compare a few numbers with --device cpu")
-    return name
-
-
 def make_folder(path):
     """Create the output folder, or say at once, before hours of training, that nothing can be written there."""
-    try:
+    with explained(f"cannot write to {path}", "pass another folder to write to", OSError):
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}\npass another folder to write to") from error
 
 
-def whole(path, names=()):
-    """The path that means the same in another folder; what is one of `names`, or is not there, stays as it is."""
+def absolute(path, names=()):
+    """The absolute path. One of `names`, or a path that does not exist, is returned as it is."""
     return os.path.abspath(path) if path not in names and os.path.exists(path) else path
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path to write to. It takes the place of `path` at the end, and is gone after an error."""
+    """A temporary path to write to. At the end it takes the place of `path`; after an error it is deleted."""
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f"tmp-{os.getpid()}-{name}")    # two processes may write the same file at once
     try:
@@ -90,13 +86,11 @@ def write_json(path, content, indent=1):
 
 def read_json(path):
     """The JSON object in a file, a dict."""
-    try:
+    with explained(f"cannot read {path}", "pass a path at which this file is whole", OSError, ValueError):
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if not isinstance(content, dict):
             raise ValueError("expected a JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}\npass a path at which this file is whole") from error
     return content
 
 
@@ -112,7 +106,8 @@ def fetch(url, path, advice, sha256=None):
     """path, downloaded from url if it is not there yet. advice: what to do if that fails."""
     if os.path.exists(path):
         return path
-    try:
+    failures = OSError, http.client.HTTPException, RuntimeError    # RuntimeError: wrong hash
+    with explained(f"cannot download {url}", advice, *failures):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -121,6 +116,4 @@ def fetch(url, path, advice, sha256=None):
             torch.hub.download_url_to_file(url, temporary, hash_prefix=sha256)
             if size and os.path.getsize(temporary) != size:    # torch.hub takes a broken connection for the end
                 raise OSError(f"it ended after {os.path.getsize(temporary)} of {size} bytes")
-    except (OSError, http.client.HTTPException, RuntimeError) as error:    # RuntimeError: wrong hash
-        raise UserError(f"cannot download {url}: {first_line(error)}\n{advice}") from error
     return path

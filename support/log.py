@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import UserError, first_line, read_json, write_csv
+from support.files import explained, read_json, write_csv
 from support.weights import read_weights, save_checkpoint
 
 
@@ -19,7 +19,7 @@ class Log:
         self.out, self.model, self.averaged, self.optimizer, self.geco = out, model, averaged, optimizer, geco
         self.step, self.rows = 0, []
         self.recent = []    # CE of the steps since the last row
-        # what lambda's last update saw and did:
+        # at lambda's last update: lam in use before it, Cbar after it, and the expected share of edges in that step
         self.at_update = {"lam": geco.lam if geco else math.nan, "c_bar": math.nan, "expected": math.nan}
 
     def resume(self):
@@ -35,11 +35,12 @@ class Log:
                 self.geco.load_state_dict(state["geco"])
 
     def mend(self):
-        """After a kill: delete half-written files, and add the row that log.csv may lack."""
-        for leftover in Path(self.out).glob("tmp-*"):
-            leftover.unlink()
+        """After a kill: delete half-written files, and write those that last.pt is ahead of."""
+        for name in ("last.pt", "best.pt", "log.csv"):
+            for leftover in Path(self.out).glob(f"tmp-*-{name}"):
+                leftover.unlink()
         if self.rows:
-            write_csv(self.path("log.csv"), self.rows)
+            self.write()
 
     def path(self, name):
         return os.path.join(self.out, name)
@@ -56,9 +57,14 @@ class Log:
         row |= {f"active_{l}.{h}": float(share) for (l, h), share in np.ndenumerate(active.numpy())}
         self.rows.append(row)
         self.recent = []
-        if self.geco and best_row(self.rows, self.geco.tau) is row:    # the new one is the best so far
+        self.save()    # first: the other files follow from it
+        self.write()
+
+    def write(self):
+        """log.csv, and best.pt if these weights are the best so far."""
+        last = self.rows[-1]
+        if self.geco and last["step"] == self.step and best_row(self.rows, self.geco.tau) is last:
             save_checkpoint(self.averaged, self.path("best.pt"), step=self.step)
-        self.save()
         write_csv(self.path("log.csv"), self.rows)
 
 
@@ -67,14 +73,12 @@ def read_run(out):
     path = os.path.join(out, "log.csv")
     args = argparse.Namespace(**read_json(os.path.join(out, "args.json")))
     base = argparse.Namespace(**read_json(os.path.join(out, "base.json")))
-    try:
+    with explained(f"cannot read {path}", "pass the folder of a run", OSError, ValueError, TypeError):
         with open(path, newline="", encoding="utf-8") as file:
             rows = [{name: int(x) if name in ("step", "tokens") else float(x) for name, x in row.items()}
                     for row in csv.DictReader(file)]
         if not rows:
             raise ValueError("it holds no evaluation yet")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}\npass the folder of a run") from error
     return args, base, rows
 
 

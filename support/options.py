@@ -4,7 +4,7 @@ import math
 import os
 
 from support.data import checked_source
-from support.files import UserError, between, make_folder, read_json, whole
+from support.files import UserError, absolute, between, make_folder, read_json
 from support.weights import GPT2_SHA256
 
 SCRATCH = {"block_size": 128, "layers": 4, "heads": 4, "width": 128, "batch_size": 8, "grad_accum": 1,
@@ -16,7 +16,7 @@ SPARSE_ONLY = {"tau", "distill", "score_lr", "gate_bias", "gate_bias_lr", "tempe
 LAM_RANGE = 1e-3, 2.0    # at 2 all edges together are worth half a nat: more would not protect the loss better
 COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
 OPTIONS = (    # name, type (or choices), default, help
-    ("tau", between(float, 1e-6, 100.0), None, "target of the validation CE, nats a token; default: the untouched one"),
+    ("tau", between(float, 1e-6, 100.0), None, "target of validation CE, nats a token; default: the untouched model's"),
     ("init", str, "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, or scratch"),
     ("data", str, "openwebtext", "openwebtext[-N], stdlib, or a path: a .txt, a folder of them, a .bin of tokens"),
     ("out", str, None, "folder of the run; default: runs/ and the name of --init, -dense for a control"),
@@ -31,10 +31,10 @@ OPTIONS = (    # name, type (or choices), default, help
     ("lr", RATE, 1e-4, "peak learning rate, after --warmup steps; then a cosine down to a tenth"),
     ("warmup", COUNT, 100, "steps until the peak"),
     ("weight-decay", between(float, 0.0, 10.0), 0.01, "of AdamW"),
-    ("score-lr", between(float, 0.0, 1000.0), 5.0, "rate of q and k, or of their adapters' b, in sparse training, in "
-     "multiples of --lr"),
+    ("score-lr", between(float, 0.0, 1000.0), 5.0, "rate of q and k (of their adapters: the matrix B) in sparse "
+     "training, in multiples of --lr"),
     ("gate-bias", between(float, 0.0, 100.0), None, "b, how far open gates start; default: 2, or the checkpoint's own"),
-    ("gate-bias-lr", between(float, 0.0, 10.0), 0.1, "peak rate of the thresholds, one per head; 0: b stays as it is"),
+    ("gate-bias-lr", between(float, 0.0, 10.0), 0.1, "peak rate of b, one per head; 0: b stays as it is"),
     ("temperature", between(float, 0.01, 100.0), 1.0, "of the gates' straight-through gradient"),
     ("constraint", ("held-out", "training", "sampled"), "held-out", "what lambda looks at: hard gates on held-out "
      "text, hard gates on training text, or the batch that trains, with sampled gates"),
@@ -115,7 +115,7 @@ def settle(given, more=()):
     if os.path.exists(os.path.join(args.out, "args.json")):
         raise UserError(f"{args.out} holds a run already\n"
                         f"--resume {args.out} goes on with it, another --out starts anew")
-    args.init = whole(args.init, {"scratch", *GPT2_SHA256})
+    args.init = absolute(args.init, {"scratch", *GPT2_SHA256})
     args.processes = processes
     return args
 

@@ -6,7 +6,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.files import pick_device
+from support.files import UserError
+
+
+def pick_device(name=None):
+    """The name of a device that this machine has: `name`, or without one cuda, else cpu."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or ("cuda" if here["cuda"] else "cpu")
+    if not here[name]:
+        raise UserError(f"this machine has no {name}\npass --device cpu")
+    if name == "mps":
+        print("warning: PyTorch has computed wrong results on mps before: compare a few numbers with --device cpu")
+    return name
 
 
 class Place:

@@ -11,7 +11,7 @@ from support.options import OPTIONS
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
-# A control must agree with us in SHARED, and in every option outside OURS: those that another loader adds.
+# A control must agree with us in SHARED, and in the options that another loader adds: all that are not in OURS.
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
           "weight_decay", "dtype")
 OURS = {"processes", *(name.replace("-", "_") for name, *_ in OPTIONS)}
@@ -41,12 +41,12 @@ def control_row(args, control, base):
     else:
         return rows[-1]
     raise UserError(f"{control} is no control of {args.out}: {why}\n"
-                    "a control is a finished --dense run with the same options")
+                    "pass the folder of a finished --dense run with the same options")
 
 
 def report(out, control, load, encoding_of):
-    """Print the table of the run in `out`, draw its pictures and write summary.json, the last file: if it is there, the
-    report is whole.
+    """Print the table of the run in `out`, draw its pictures (of a --dense run none) and write summary.json, the last
+    file: if it is there, the report is whole.
 
     control: None, or the folder of a --dense run. load, encoding_of: see train.main.
     """
@@ -89,8 +89,8 @@ def print_table(lines, base):
         print(f"{name:16}{ce:13.4f}{active:15.3%}{active * base.edges_per_token:18.2f}")
 
 
-def draw_prompt(models, shares, encoding, path, columns=4):
-    """Figure 2b: one prompt in the heads with the largest active shares (L,H), a row for each model."""
+def draw_prompt(models, shares, encoding, path):
+    """Figure 2b: one prompt in the four heads with the largest active shares (L,H), a row for each model."""
     length, H = models["sparse"].config.block_size, shares.shape[1]
     tokens = encoding.encode_ordinary(SHORT_PROMPT if encoding.name == "bytes" else PROMPT)[:length]
     labels = [encoding.decode([t]).replace(" ", "\u2423") for t in tokens]
@@ -99,5 +99,5 @@ def draw_prompt(models, shares, encoding, path, columns=4):
         maps = model.attention_maps(torch.tensor([tokens]))[:, 0].flatten(0, 1).numpy()    # (L*H,T,T)
         rows.append(("reading position", [
             (f"{name}, layer {n // H}, head {n % H}", maps[n], labels, labels, name == "sparse")
-            for n in np.argsort(-shares, axis=None)[:columns]]))
+            for n in np.argsort(-shares, axis=None)[:4]]))
     draw_attention(rows, True, "Where each token reads from: the heads with the most active edges", path, size=4)

@@ -8,7 +8,7 @@ import struct
 
 import torch
 
-from support.files import UserError, fetch, first_line, read_json, replacing
+from support.files import UserError, explained, fetch, read_json, replacing
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
 GPT2_SHA256 = {    # None: not known to us
@@ -55,11 +55,9 @@ def read_weights(path):
         for shard in sorted(set(shards.values())):
             tensors.update(read_weights(os.path.join(os.path.dirname(path), shard))[0])
         return tensors, meta
-    try:
+    with explained(f"{path} is truncated, or holds more than tensors and plain values",
+                   "download or save it again", *BAD_PICKLE):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except BAD_PICKLE as error:
-        raise UserError(f"{path} is truncated, or holds more than tensors and plain values\n"
-                        f"{type(error).__name__}: {first_line(error)}") from error
     if isinstance(tensors, dict) and {"config", "model"} <= tensors.keys():
         tensors, meta = tensors.pop("model"), tensors
         if not isinstance(meta["config"], dict) or not REQUIRED <= meta["config"].keys():
@@ -71,7 +69,8 @@ def read_weights(path):
 
 def read_safetensors(path):
     """The format: header length (8 bytes, little-endian), header (JSON), then the raw data of all tensors."""
-    try:
+    with explained(f"{path} is truncated, or no safetensors file that can be read here", "download or save it again",
+                   OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError):
         with open(path, "rb") as file:
             length, tensors = int.from_bytes(file.read(8), "little"), {}
             if length > os.path.getsize(path):
@@ -85,16 +84,13 @@ def read_safetensors(path):
                 file.seek(8 + length + begin)
                 raw = bytearray(file.read(end - begin))    # a copy: the file's offsets are not aligned
                 tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is truncated, or no safetensors file that can be read here\n"
-                        f"{first_line(error)}") from error
     return tensors
 
 
 def from_gpt2_layout(tensors, hf, path, n_head=None):
     """Hugging Face's GPT-2 -> our tensors (no prefix, no masks, no second head, Linear weights) and GPTConfig's fields.
 
-    hf: its config.json, {} without one: then heads of size 64 are assumed, or n_head of them.
+    hf: its config.json, {} without one. n_head replaces its number of heads; without both a head has size 64.
     """
     wanted = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
@@ -117,7 +113,7 @@ def from_gpt2_layout(tensors, hf, path, n_head=None):
     n_head = n_head or hf.get("n_head") or (C // 64 if C % 64 == 0 else None)
     if n_head is None:
         raise UserError(f"{path}: the number of heads is unknown (width {C}, no config.json)\n"
-                        "put the model's config.json beside it")
+                        "put the model's config.json beside it, or pass n_head")
     n_layer = max(1 + max(layers, default=-1), hf.get("n_layer", 0))    # a layer that is not there gets named
     return tensors, dict(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=C)
 

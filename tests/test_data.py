@@ -80,9 +80,9 @@ def test_openwebtext(server, source, name):
                     ("subset/two_data.xz", inner_archive(TEXTS[70:], 70))])
     (server / name).write_bytes(outer)
     encoding = byte_encoding()
-    check_split(*data.load(source, encoding), encoding)
+    check_split(*data.load_data(source, encoding), encoding)
     (server / name).unlink()
-    check_split(*data.load(source, encoding), encoding)    # from the cache
+    check_split(*data.load_data(source, encoding), encoding)    # from the cache
 
 
 def test_a_known_hash_is_checked(server, cache):
@@ -98,7 +98,7 @@ def test_a_known_hash_is_checked(server, cache):
 
 def test_no_network_names_the_offline_ways(server, cache):
     with pytest.raises(UserError, match="cannot download .*404[^$]*--data PATH[^$]*--init scratch --data stdlib"):
-        data.load("openwebtext", byte_encoding())
+        data.load_data("openwebtext", byte_encoding())
     assert not any(cache.iterdir())    # nothing half-written
 
 
@@ -111,7 +111,7 @@ def test_a_download_that_stops_early_leaves_nothing(server, cache, monkeypatch):
 
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "do_GET", promise_more)
     with pytest.raises(UserError, match="it ended after 400 of 1000 bytes"):
-        data.load("openwebtext", byte_encoding())
+        data.load_data("openwebtext", byte_encoding())
     assert not any(cache.iterdir())
 
 
@@ -123,7 +123,7 @@ def test_broken_archives(server, cache, damage):
                "no archive": b"<html>not here</html>" * 100}[damage]
     (server / "urlsf_subset00.tar").write_bytes(content)
     with pytest.raises(UserError, match="is damaged or truncated.*\ndelete it"):
-        data.load("openwebtext", byte_encoding())
+        data.load_data("openwebtext", byte_encoding())
     assert [path.name for path in cache.iterdir()] == ["urlsf_subset00.tar"]
 
 
@@ -133,31 +133,31 @@ def test_text_file_and_folder(tmp_path):
     (folder / "a.txt").write_text("\n\n\n".join(TEXTS[:60]))
     (folder / "sub" / "b.txt").write_text("\n\n\n\n".join(TEXTS[60:]))
     (folder / "c.md").write_text("not read")
-    check_split(*data.load(str(folder), encoding), encoding)
+    check_split(*data.load_data(str(folder), encoding), encoding)
     (tmp_path / "all.txt").write_text("\n\n\n".join(TEXTS))
-    check_split(*data.load(str(tmp_path / "all.txt"), encoding), encoding)
+    check_split(*data.load_data(str(tmp_path / "all.txt"), encoding), encoding)
     (tmp_path / "all.txt").write_text("\n\n\n".join(TEXTS[:100]))    # changed: the cache must not answer
-    check_split(*data.load(str(tmp_path / "all.txt"), encoding), encoding, TEXTS[:100])
+    check_split(*data.load_data(str(tmp_path / "all.txt"), encoding), encoding, TEXTS[:100])
 
 
 def test_a_text_that_comes_twice_is_in_one_split(tmp_path):
     (tmp_path / "twice.txt").write_text("\n\n\n".join([*TEXTS, "between", *TEXTS]))
     found = [set(documents(tokens, encoding=data.byte_encoding()))
-             for tokens in data.load(str(tmp_path / "twice.txt"), data.byte_encoding())]
+             for tokens in data.load_data(str(tmp_path / "twice.txt"), data.byte_encoding())]
     assert all(found) and not any(a & b for a, b in itertools.combinations(found, 2))
 
 
 def test_too_few_documents(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
     with pytest.raises(UserError, match="1 documents are too few.*\n.*two blank lines"):
-        data.load(str(tmp_path / "one.txt"), byte_encoding())
+        data.load_data(str(tmp_path / "one.txt"), byte_encoding())
 
 
 def test_a_token_file_is_cut_between_documents(tmp_path):
     encoding = byte_encoding()
     tokens = np.array(([65] * 9 + [256]) * 40 + [66] * 5, np.uint16)
     tokens.tofile(tmp_path / "tokens.bin")
-    train, val, constraint = data.load(str(tmp_path / "tokens.bin"), encoding)
+    train, val, constraint = data.load_data(str(tmp_path / "tokens.bin"), encoding)
     assert np.concatenate((train, val, constraint)).tolist() == tokens.tolist()
     assert (len(train), len(val)) == (370, 20) and train[-1] == val[-1] == 256    # of 405: 364.5 and 384.75
 
@@ -169,13 +169,13 @@ def test_a_token_file_is_cut_between_documents(tmp_path):
 def test_bad_token_files(tmp_path, content, message):
     (tmp_path / "bad.bin").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        data.load(str(tmp_path / "bad.bin"), byte_encoding())
+        data.load_data(str(tmp_path / "bad.bin"), byte_encoding())
 
 
 @pytest.mark.parametrize("source", ["nope", "openwebtext-x", "openwebtext-10k", "fineweb"])
 def test_no_such_source(source):
     with pytest.raises(UserError, match=f"no such data: {source}\nexpected openwebtext"):
-        data.load(source, byte_encoding())
+        data.load_data(source, byte_encoding())
 
 
 def test_docstrings_are_the_standard_librarys():
@@ -217,7 +217,7 @@ def test_a_large_vocabulary_takes_wider_tokens(tmp_path):
     encoding = tiktoken.Encoding("large", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
                                  special_tokens={"<|endoftext|>": 70_000})
     (tmp_path / "all.txt").write_text("\n\n\n".join(TEXTS))
-    splits = data.load(str(tmp_path / "all.txt"), encoding)
+    splits = data.load_data(str(tmp_path / "all.txt"), encoding)
     assert {tokens.dtype for tokens in splits} == {np.dtype(np.uint32)}
     check_split(*splits, encoding)
 

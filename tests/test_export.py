@@ -8,6 +8,7 @@ import torch
 from extras import export
 from extras.llama import Llama, LlamaConfig, load_model
 from model import GPT, GPTConfig
+from support.files import UserError
 from support.weights import save_checkpoint
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -51,6 +52,13 @@ def test_what_was_exported_computes_the_same(kind, gated, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:
         export.main()
     assert stopped.value.code == 2 and "holds a model already\npass an empty folder" in capsys.readouterr().err
+
+
+def test_a_model_without_a_causal_mask_is_refused(tmp_path):
+    """GPT-2's config.json could not say so, and the model that is read would be another."""
+    with pytest.raises(UserError, match="causal mask\npass a causal one"):
+        export.export(GPT(GPTConfig(**SIZE, causal=False)), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind, names, shapes", [

@@ -71,6 +71,13 @@ def test_the_packages_are_those_of_the_requirements():
     assert {line.partition("==")[0].strip() for line in lines if line.strip() and not line.startswith("#")} == PACKAGES
 
 
+def test_pictures_leave_pyplot_alone():
+    """A notebook that imports the toy keeps its own way of showing pictures."""
+    code = "import toy_addition, train, extras.figures, sys; print('matplotlib.pyplot' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False"], done.stderr[-2000:]
+
+
 def test_patching_is_a_library():
     """It loads no pictures, no vocabulary and no task. A fresh process: here others have loaded them."""
     code = "import patching, sys; print(*{'matplotlib', 'tiktoken', 'toy_addition', 'train'} & set(sys.modules))"

@@ -136,7 +136,8 @@ def test_loss_is_nats_per_counted_position():
 
 
 @pytest.mark.parametrize("cells", [1, 21, 69, 1000])    # one row a part, three rows, nine, all ten
-def test_loss_in_parts_is_the_loss(cells):
+def test_loss_in_parts_is_the_loss(cells, monkeypatch):
+    monkeypatch.setattr("support.losses.CELLS", cells)
     logits = torch.randn(2, 5, 7, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(7, (2, 5))
     targets[0, 1] = -1
@@ -146,7 +147,7 @@ def test_loss_in_parts_is_the_loss(cells):
     exact.backward()
     sizes = []
     with Watch(lambda t: sizes.append(t.numel() * (t.dtype == torch.float32))):
-        loss = cross_entropy(logits, targets, cells)
+        loss = cross_entropy(logits, targets)
         loss.backward()
     assert loss.item() == pytest.approx(exact.item(), abs=1e-6)
     torch.testing.assert_close(logits.grad.double(), wide.grad, atol=1e-3, rtol=1e-2)    # rounded to bfloat16
@@ -154,21 +155,22 @@ def test_loss_in_parts_is_the_loss(cells):
 
 
 @pytest.mark.parametrize("cells", [1, 21, 69, 1000])
-def test_divergence_is_kullback_leibler_also_in_parts(cells):
+def test_divergence_is_kullback_leibler_also_in_parts(cells, monkeypatch):
     """Against the sum written out in numpy, and its gradient (softmax(logits) - softmax(wanted)) / (B T)."""
+    monkeypatch.setattr("support.losses.CELLS", cells)
     logits = (2 * torch.randn(2, 5, 7)).requires_grad_()
     wanted = 2 * torch.randn(2, 5, 7)
     q, p = (np.exp(t.detach().double().numpy()) for t in (logits, wanted))
     q, p = (t / t.sum(-1, keepdims=True) for t in (q, p))
-    found = divergence(logits, wanted, cells)
+    found = divergence(logits, wanted)
     found.backward()
     assert found.item() == pytest.approx((p * np.log(p / q)).sum(-1).mean(), abs=1e-6)
     np.testing.assert_allclose(logits.grad, (q - p) / 10, atol=1e-7)
-    assert divergence(wanted, wanted, cells).item() == pytest.approx(0, abs=1e-7)
-    assert divergence(logits, wanted, cells) != divergence(wanted, logits, cells)    # it has a direction
+    assert divergence(wanted, wanted).item() == pytest.approx(0, abs=1e-7)
+    assert divergence(logits, wanted) != divergence(wanted, logits)    # it has a direction
     narrow, sizes = logits.detach().bfloat16().requires_grad_(), []    # as under autocast: summed in float32
     with Watch(lambda t: sizes.append(t.numel() * (t.dtype == torch.float32))):
-        rounded = divergence(narrow, wanted.bfloat16(), cells)
+        rounded = divergence(narrow, wanted.bfloat16())
         rounded.backward()
     assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(found.item(), rel=0.02)
     np.testing.assert_allclose(narrow.grad.float(), (q - p) / 10, atol=1e-3)
@@ -578,7 +580,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     refused("an output head of its own", load, tmp_path, {**weights, "lm_head.weight": weights["wte.weight"] + 1})
     refused("reads at most 12 positions, not 13", load, tmp_path, weights, block_size=13)
     refused("GPTConfig has no field gate_biass", load, tmp_path, weights, gate_biass=1)
-    refused("n_embd=24 is not a multiple of n_head=5", load, tmp_path, weights, n_head=5)
+    refused("n_embd a multiple of n_head", load, tmp_path, weights, n_head=5)
     refused("no GPT has these sizes: .*n_layer=0", GPT, GPTConfig(n_layer=0))
     refused("h.1.ln_1.weight is missing", load, tmp_path, {n: a for n, a in weights.items() if "h.1." not in n})
     refused("activation_function=relu", load, tmp_path, weights, {**CONFIG_JSON, "activation_function": "relu"})

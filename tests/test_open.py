@@ -209,7 +209,7 @@ def test_the_arms_are_commands_that_exist(monkeypatch):
     from support.options import parser
     seen = {}
     monkeypatch.setattr(lora, "compare", lambda found, *_: seen.update(found))
-    lora.run(SimpleNamespace(init="a model", data="stdlib", steps=7, seeds=1, out="x", at_once=1))
+    lora.run(SimpleNamespace(init="a model", data="stdlib", steps=7, seeds=1, dtype=None, out="x", at_once=1))
     for line in (*start.ARMS.values(), *seen.values()):
         words = shlex.split(line.partition(" --")[2])
         given = vars(parser(more=MORE).parse_args(["--" + words[0], *words[1:]]))

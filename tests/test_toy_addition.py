@@ -37,8 +37,8 @@ def test_every_sum_is_there_once_and_right(layout):
 
 
 def test_the_examples_of_figure_1():
-    assert toy.encode(36, 28, "paper") == ("36+28=?????", "00064")
-    assert toy.encode(36, 28, "reversed") == ("36+28=???", "460")
+    assert toy.as_text(36, 28, "paper") == ("36+28=?????", "00064")
+    assert toy.as_text(36, 28, "reversed") == ("36+28=???", "460")
     carries = [(a % 10 + b % 10 > 9) + (a + b > 99) for a, b in toy.EXAMPLES.values()]
     assert carries == [0, 1, 2]
 

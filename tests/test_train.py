@@ -75,7 +75,7 @@ def go(tiny, *args, **kwargs):
 
 def here(tiny, *args, pictures=False):
     """The same in this process, which is quicker; as there, on one thread."""
-    threads = torch.get_num_threads()
+    threads, ctrl_c = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -84,9 +84,10 @@ def here(tiny, *args, pictures=False):
             for name in () if pictures else ("draw_curve", "draw_heads", "draw_attention"):
                 patch.setattr(report, name, lambda *_, **__: None)
             train.main()
+            assert signal.getsignal(signal.SIGINT) is ctrl_c
     finally:
         torch.set_num_threads(threads)
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # a run that failed leaves its own
+        signal.signal(signal.SIGINT, ctrl_c)    # a run that failed leaves its own
 
 
 def log(out):
@@ -98,7 +99,7 @@ def splits(tiny):
     """The training, validation and constraint tokens of tiny's text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(tiny / "home"))
-        return data.load(str(tiny / "text.txt"), data.byte_encoding())
+        return data.load_data(str(tiny / "text.txt"), data.byte_encoding())
 
 
 @pytest.fixture(scope="session")
@@ -121,8 +122,8 @@ def every_step(tiny):
 def test_validation_against_a_loop(tiny):
     model = GPT.from_pretrained(tiny / "init.pt", gated=True, gate_bias=0.0)
     tokens = np.random.default_rng(1).integers(0, 257, 16 * 7 + 1).astype(np.uint16)
-    args = argparse.Namespace(eval_windows=100, batch_size=3)
-    ce, active = train.evaluate(model.train(), tokens, Place("cpu", "float32"), args)
+    windows, args = data.spread(tokens, 16, 100), argparse.Namespace(batch_size=3)
+    ce, active = train.evaluate(model.train(), windows, Place("cpu", "float32"), args)
     model.eval()
     rows = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
@@ -174,8 +175,9 @@ def test_lambda_sees_the_kept_model_on_other_text(tiny, tmp_path, constraint):
     model, untouched = GPT.from_pretrained(out / "last.pt"), GPT.from_pretrained(tiny / "init.pt")
     tokens, val, held_out = splits(tiny)
     idx, targets = data.batch(held_out if constraint == "held-out" else tokens, 16, 8, 8, 0)
-    args = argparse.Namespace(eval_windows=16, batch_size=8)
-    easier, harder = (train.evaluate(untouched, split, Place("cpu", "float32"), args)[0] for split in (val, held_out))
+    args = argparse.Namespace(batch_size=8)
+    easier, harder = (train.evaluate(untouched, data.spread(split, 16, 16), Place("cpu", "float32"), args)[0]
+                      for split in (val, held_out))
     shift = harder - easier if constraint == "held-out" else 0
     seen = model(idx, targets).loss.item() - shift
     assert log(out)[-1]["c_bar"] == pytest.approx(seen - 5, abs=1e-6)
@@ -247,6 +249,28 @@ def test_best_pt_is_the_sparsest_that_met_tau(tmp_path):
     assert GPT.from_pretrained(tmp_path / "best.pt").ln_f.bias.tolist() == [3.0] * 4
 
 
+@pytest.mark.parametrize("share, best", [(0.4, [2.0] * 4), (0.6, [1.0] * 4)])
+def test_a_run_killed_after_last_pt_gets_the_files_that_follow_from_it(tmp_path, monkeypatch, share, best):
+    """best.pt too, if the last evaluation is the best: on a GPU a repeated step need not give the same weights. A file
+    of the user's whose name begins alike stays."""
+    model = GPT(GPTConfig(8, 11, 1, 1, 4, gated=True))
+    kept = Log(str(tmp_path), model, train.twin(model), torch.optim.SGD(model.parameters(), 0.1), Geco(1.0))
+    for kept.step, of_step in ((1, 0.5), (2, share)):
+        if kept.step == 2:
+            monkeypatch.setattr(kept, "write", lambda: None)
+        kept.averaged.ln_f.bias.data.fill_(kept.step)
+        kept.add(0, 0.9, torch.full((1, 1), of_step, dtype=torch.float64))
+    assert [row["step"] for row in log(tmp_path)] == [1]
+    for name in ("tmp-1-last.pt", "tmp-notes.txt"):
+        (tmp_path / name).touch()
+    again = Log(str(tmp_path), model, train.twin(model), torch.optim.SGD(model.parameters(), 0.1), Geco(1.0))
+    again.resume()
+    again.mend()
+    assert [row["step"] for row in log(tmp_path)] == [1, 2]
+    assert GPT.from_pretrained(tmp_path / "best.pt").ln_f.bias.tolist() == best
+    assert [path.name for path in tmp_path.glob("tmp-*")] == ["tmp-notes.txt"]
+
+
 def test_the_shares_of_heads_are_where_their_names_say():
     row = {"step": 1, "active_0.0": 1.0, "active_0.1": 2.0, "active_1.0": 3.0, "active_1.1": 4.0}
     assert by_head(row).tolist() == [[1, 2], [3, 4]]
@@ -256,13 +280,15 @@ def test_bfloat16_is_computed_in_bfloat16(tiny, tmp_path):
     """In evaluations, looks and steps, all close to float32; and a run of it."""
     model = GPT.from_pretrained(tiny / "init.pt")
     tokens = np.random.default_rng(0).integers(0, 257, 400).astype(np.uint16)
-    args = argparse.Namespace(seed=0, batch_size=4, grad_accum=1, distill=0, eval_windows=8)
-    for f in (lambda place: train.evaluate(model, tokens, place, args)[0],
+    args = argparse.Namespace(seed=0, batch_size=4, grad_accum=1, distill=0)
+    for f in (lambda place: train.evaluate(model, data.spread(tokens, 16, 8), place, args)[0],
               lambda place: train.look(model, tokens, 0, place, args),
               lambda place: train.add_gradient(model, tokens, 16, 0, place, args, None, None)[0]):
         exact, rounded = (f(Place("cpu", dtype)) for dtype in ("float32", "bfloat16"))
         assert rounded != exact and rounded == pytest.approx(exact, abs=0.05)
+    before = signal.signal(signal.SIGINT, lambda *_: None)    # which the run puts back: `here` looks
     here(tiny, *options(tiny, tmp_path / "run", "--tau", "5", "--steps", "2", "--dtype", "bfloat16"))
+    signal.signal(signal.SIGINT, before)
 
 
 def test_lambda_answers_every_fourth_step(every_step):
@@ -533,9 +559,8 @@ def test_checkpoints_hold_the_averaged_weights_that_were_evaluated(tiny, finishe
     saved = torch.load(finished[0] / "last.pt", weights_only=True)
     assert saved["trained"].keys() == saved["model"].keys()
     assert (saved["trained"]["h.0.mlp.c_fc.weight"] - saved["model"]["h.0.mlp.c_fc.weight"]).abs().max() > 1e-3
-    args = argparse.Namespace(eval_windows=16, batch_size=8)
-    kept = GPT.from_pretrained(finished[0] / "last.pt")
-    ce, _ = train.evaluate(kept, splits(tiny)[1], Place("cpu", "float32"), args)
+    kept, windows = GPT.from_pretrained(finished[0] / "last.pt"), data.spread(splits(tiny)[1], 16, 16)
+    ce, _ = train.evaluate(kept, windows, Place("cpu", "float32"), argparse.Namespace(batch_size=8))
     assert ce == pytest.approx(log(finished[0])[-1]["val_ce"], abs=1e-6)
 
 

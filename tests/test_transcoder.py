@@ -6,7 +6,7 @@ import torch
 
 from extras import transcoder as X
 from model import GPT, GPTConfig
-from support.data import byte_encoding, load, spread
+from support.data import byte_encoding, load_data, spread
 from support.files import UserError
 from support.weights import save_checkpoint
 
@@ -134,7 +134,7 @@ def test_the_command_learns_and_says_how_well(tiny, tmp_path, monkeypatch, capsy
     found, printed = json.loads((tmp_path / "a" / "summary.json").read_text()), capsys.readouterr().out
     model = GPT.from_pretrained(tiny / "model.pt")
     made = X.load_transcoder(str(tmp_path / "a"), model)
-    unseen = spread(load(str(tiny / "text.txt"), byte_encoding())[1], 16, 8)
+    unseen = spread(load_data(str(tiny / "text.txt"), byte_encoding())[1], 16, 8)
     before = X.quality(model, X.Transcoder(2, 16, 40, 6), *unseen)
     assert min(found["explained"]) > max(before["explained"])
     again = X.quality(model, made, *unseen)

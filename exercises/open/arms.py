@@ -9,7 +9,7 @@ from support.log import read_run, share_at
 def compare(arms, seeds, out, at_once):
     """Run every {name: command without --seed and --out} with each of the seeds, on one thread each. Print a row for
     each arm, means and ranges over its seeds: CE and edges at the end, and the least edges at two CEs, the same for all
-    runs: the lowest that every run has reached, perhaps early, with many edges; and the last CE of the worst."""
+    runs: the lowest that every run has reached, perhaps early, with many edges; and the highest last CE of all runs."""
     make_folder(out)
     lines = {(name, seed): f"{arms[name]} --seed {seed}" for name in arms for seed in seeds}
     folders = {run: folder_of(line, os.path.abspath(out)) for run, line in lines.items()}

@@ -18,7 +18,7 @@ import torch
 
 from exercises.open import two_phases
 from model import GPT, GPTConfig
-from support.data import byte_encoding, load
+from support.data import byte_encoding, load_data, spread
 from support.files import make_folder, run_command
 from support.options import defaults
 from support.place import Place
@@ -67,7 +67,7 @@ def open_by_distance(model, rows):
 
 
 def run(args):
-    text, rng = load("stdlib", byte_encoding()), np.random.default_rng(0)
+    text, rng = load_data("stdlib", byte_encoding()), np.random.default_rng(0)
     data = [windows(part, count, KINDS, rng).flatten() for part, count in zip(text, (15_000, 321, 1_000))]
     probes = {kind: windows(text[1], 321, [kind], rng) for kind in ("text", "tosses", *PERIODS)}
     place = Place("cpu", "float32")
@@ -79,15 +79,17 @@ def run(args):
         dense = GPT(GPTConfig(T, 257, n_layer=4, n_head=4, n_embd=128), generator=torch.Generator().manual_seed(seed))
         learn = argparse.Namespace(**options | {"steps": args.dense_steps, "lr": 2e-3})
         fit(dense, data, folder(args, seed, "dense"), place, learn)
-        base, seen = (evaluate(dense, part, place, learn)[0] for part in data[1:])
+        val, constraint = (spread(part, T, learn.eval_windows) for part in data[1:])
+        base, seen = (evaluate(dense, split, place, learn)[0] for split in (val, constraint))
         prune = argparse.Namespace(**options | {"steps": args.steps, "rate": 0.05})    # windows differ much in CE
         for room in (None, *ROOMS):
             model = copy.deepcopy(dense)
             if room is not None:
                 fit(model, data, folder(args, seed, f"sparse-{room}-{args.steps}"), place, prune,
                     add_gates(model, base + room, prune), shift=seen - base)
-            ce, active = evaluate(model, data[1], place, prune)
-            parts = [evaluate(model, probes[kind].flatten(), place, prune)[0] for kind in ("text", "tosses")]
+            ce, active = evaluate(model, val, place, prune)
+            parts = [evaluate(model, spread(probes[kind].flatten(), T, prune.eval_windows), place, prune)[0]
+                     for kind in ("text", "tosses")]
             cells = [f"{seed}", "dense" if room is None else f"+{room}", f"{ce:.3f}", f"{active.mean():.2%}",
                      *(f"{part:.3f}" for part in parts), *(f"{right(model, probes[n], n):.0%}" for n in PERIODS),
                      *(f"{share:.2%}" for share in open_by_distance(model, probes[PERIODS[-1]][:100]))]

@@ -6,8 +6,8 @@ A small GPT (4 layers, 4 heads) learns sentences "The war lasted from the year 1
 a token a word and two for a year. Then it gets gates, under CE <= its dense CE + 0.02, with the loops of the toy. In
 the corrupted sentence the first year ends in 01. k heads of a clean run are kept; all others write what they wrote in
 the corrupted run. *Live* MLPs work on what they read, *corrupted* ones write what they wrote in the corrupted run.
-Printed for both models: the heads needed for 0.9 of the effect, and the effect of 1, 2, 4 and all 16. The first number
-is the CE of a model that gives all later years the same probability.
+Printed for both models: the heads needed for 0.9 of the effect, and the effect of 1, 2, 4 and all 16. The first line
+gives the CE of a model that gives all later years the same probability.
 """
 import copy
 import functools

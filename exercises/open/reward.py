@@ -7,8 +7,8 @@ Each seed's dense model gets gates and trains on in three ways, all with the toy
     sampled reward  answers are drawn from the model, 8 for a sum; one is worth 1 if all its digits are right. The
                     gradient is REINFORCE's, with the mean reward of the other 7 as its baseline
     exact reward    the gradient of the exact expected reward, the product of the digits' probabilities
-With a reward the constraint is 1 - exact expected reward <= 0.01, in both, and a batch shows each sum 8 times, each
-time under gates of its own. So what the second loses to the third is the noise of drawn answers. (Under shared gates
+In both arms with a reward the constraint is 1 - exact expected reward <= 0.01, and a batch shows each sum 8 times, each
+time under gates of its own. So these arms differ only by the noise of drawn answers. (Under shared gates
 the 8 answers would mostly be all right or all wrong, and the baseline would cancel what a gate is worth.) Prints a row
 for each, on held-out sums.
 """
