@@ -84,4 +84,4 @@ def test_shares_are_those_of_the_held_out_sums(answer):
     is_open = maps[1, :, 1, 7, 3] > 0
     assert edge == (1, 1, 3), "pick on train_rows, over layers, heads and keys"
     assert with_carry == pytest.approx(is_open[carry].float().mean().item()), "the shares are those of held_out"
-    assert without == pytest.approx(is_open[~carry].float().mean().item())
+    assert without == pytest.approx(is_open[~carry].float().mean().item()), "the third result: sums without a carry"

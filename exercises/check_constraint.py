@@ -58,9 +58,9 @@ def test_the_objective_is_the_lagrangian(answer):
 def test_update_returns_the_lam_that_the_step_used(answer):
     geco = answer.Geco(2.0, lam=0.5, rate=0.1, decay=0.0)
     assert geco.update(3.0) == pytest.approx(0.5), "update returns the lam from before it: the step has used that one"
-    assert geco.update(2.0) == pytest.approx(0.5 * math.exp(0.1))
-    assert geco.update(4.0) == pytest.approx(0.5 * math.exp(0.1))    # C was 0: nothing moved
-    assert geco.lam == pytest.approx(0.5 * math.exp(0.3))
+    assert geco.update(2.0) == pytest.approx(0.5 * math.exp(0.1)), "a loss of 3 is 1 above tau: lam grew by exp(rate)"
+    assert geco.update(4.0) == pytest.approx(0.5 * math.exp(0.1)), "the loss was tau, and decay is 0: lam did not move"
+    assert geco.lam == pytest.approx(0.5 * math.exp(0.3)), "lam is what the last update left, not what it returned"
 
 
 @pytest.mark.parametrize("ce", [math.nan, math.inf])

@@ -32,7 +32,7 @@ def test_against_many_draws(answer):
     found = table[tuple(draws.T)]
     assert float(answer.expected(loss, g)) == pytest.approx(found.mean().item(), abs=5 * found.std().item() / 316), \
         "the mean of 100,000 draws is another number: are all 2^n draws counted, each once? The loss is that of bits"
-    assert float(answer.hard(loss, g)) == float(table[tuple((g > 0).long())])
+    assert float(answer.hard(loss, g)) == float(table[tuple((g > 0).long())]), "hard: one call of the loss, at [g > 0]"
 
 
 def test_sure_gates_leave_no_difference(answer):

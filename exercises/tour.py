@@ -3,7 +3,7 @@
     python toy_addition.py && python -m exercises.tour [--run runs/addition] [--a 36 --b 28]
 
 Prints the scores of one attention row, its gates, sampled and hard, and what the row reads; the carry edge, with a
-carry and without; and how lambda answered while the model was trained. Leaves tour.png, the attention of the sum.
+carry and without; and how lambda answered while the model was trained. Leaves tour.png, a picture of these steps.
 """
 import argparse
 import csv
@@ -15,6 +15,7 @@ import torch
 
 from gates import sample_gates, sparse_attention
 from model import GPT
+from patching import pattern
 from support.figures import draw_attention
 from support.files import UserError, between, read_json, run_command
 from toy_addition import ALPHABET, addition_data, as_text, places, toy_geco
@@ -97,6 +98,21 @@ def show_lambda(log, tau):
         quote("geco.py", "return edges + "))
 
 
+def draw(dense, sparse, idx, question, title, path):
+    """The sparse model's layer 0, step by step, above the attention of both models."""
+    block, labels = sparse.h[0], [*question[:6], *places("reversed")]
+    q, k, _ = block.attn.heads(block.ln_1(sparse.embed(idx)))
+    p, gates = pattern(block.attn, q, k)                                                 # (1,1,T,T)
+    probability = (q @ k.mT / math.sqrt(q.shape[-1]) + block.attn.gate_bias[0]).sigmoid()
+    steps = {"softmax": p, "3. sigmoid(s + b)": probability, "4. gate A": gates, "5. A * softmax": gates * p}
+    rows = [("layer 0, sparse: reading position", [(name, t[0, 0].numpy(), labels, question, "A" in name)
+                                                   for name, t in steps.items()])]
+    rows.append(("reading position", [(f"{kind}, layer {l}", weights[0, 0].numpy(), labels, question, kind == "sparse")
+                                      for kind, model in (("dense", dense), ("sparse", sparse))
+                                      for l, weights in enumerate(model.attention_maps(idx))]))
+    draw_attention(rows, True, title, path)
+
+
 @torch.no_grad()
 def tour(args):
     paths = [os.path.join(args.run, name) for name in ("dense.pt", "sparse.pt", "log.csv", "summary.json")]
@@ -117,13 +133,10 @@ def tour(args):
     show_row(sparse, idx, [*question[:6], "units", "tens"])
     show_carry(sparse, args.a, args.b)
     show_lambda(paths[2], read_json(paths[3])["tau"])
-    labels = [*question[:6], *places("reversed")]
-    panels = [(f"{kind}, layer {l}", weights[0, 0].numpy(), labels, question, kind == "sparse")
-              for kind, model in (("dense", dense), ("sparse", sparse))
-              for l, weights in enumerate(model.attention_maps(idx))]
     path = os.path.join(args.run, "tour.png")
-    draw_attention([("reading position", panels)], True, f"{args.a} + {args.b}, dense beside sparse", path)
-    print(f"\nThe attention of this sum is in {path}.")
+    draw(dense, sparse, idx, question, f"{args.a} + {args.b}: the gates of layer 0 (steps 2 to 5), and all attention "
+         "before and after training with gates", path)
+    print(f"\nThe steps 2 to 6 are drawn in {path}, step 7 in training.png beside it.")
 
 
 def main():

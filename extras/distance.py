@@ -5,7 +5,8 @@
 context   the cross-entropy of a validation token when only the last c tokens are shown, c = 1, 2, 4, ...: what does
           it gain from the far ones?
 copy      the cross-entropy of a text that was shown before, d tokens back: can it still be read from there?
-idle      of the sparse model, by layer: the share of open edges, and how many of these weigh less than IDLE
+idle      of the sparse model, by layer: the share of open edges, and how many of these weigh less than IDLE; and what
+          it costs to close the latter
 
 A and B: GPT-2 names, paths, or checkpoints of ours. Cross-entropies in nats per token, hard gates. Both models and all
 lengths are asked about the same places of the text: the error of sparse - dense is that of the paired difference.
@@ -22,6 +23,7 @@ from extras.circuits import load_models, model_options
 from extras.figures import draw_distance
 from extras.tokenizer import encoding_of
 from model import allowed_edges
+from patching import forward
 from support.data import load_data
 from support.files import UserError, between, make_folder, run_command, write_json
 
@@ -30,12 +32,12 @@ IDLE = 0.01       # an open edge that adds less than this share of a value might
 
 
 @torch.no_grad()
-def losses(model, rows, count):
-    """rows (N,T+1) of tokens -> (N) mean CE of the last `count` tokens of each row."""
+def losses(model, rows, count, run=lambda model, tokens: model(tokens).logits):
+    """rows (N,T+1) of tokens -> (N) mean CE of the last `count` tokens of each row. run: tokens -> logits (N,T,V)."""
     T, found = rows.shape[1] - 1, []
     for part in rows.split(max(1, AT_ONCE // T)):
         part = part.to(model.wte.weight.device)
-        log_p = model.eval()(part[:, :-1]).logits[:, T - count:].float().log_softmax(-1)     # (n,count,V)
+        log_p = run(model.eval(), part[:, :-1])[:, T - count:].float().log_softmax(-1)       # (n,count,V)
         found.append(-log_p.gather(2, part[:, -count:, None]).mean((1, 2)).cpu())
     return torch.cat(found).double()
 
@@ -47,6 +49,15 @@ def idle_edges(model, rows):
     allowed = len(rows) * allowed_edges(dataclasses.replace(model.config, n_layer=1, block_size=rows.shape[1]))
     is_open, idle = (found.sum((1, 2, 3, 4)) for found in (maps > 0, (maps > 0) & (maps < IDLE)))      # (L)
     return is_open / allowed, idle / is_open.clamp(min=1)
+
+
+def without_idle(model, tokens):
+    """Logits (N,T,V) of a run in which the edges that weigh less than IDLE are closed."""
+    def attend(attn, q, k, v):
+        weights = attn.weights(q, k)                                                         # (N,H,T,T)
+        return weights.where(weights >= IDLE, 0) @ v
+
+    return forward(model, tokens, attend=attend)
 
 
 def mean_and_error(values):
@@ -93,6 +104,10 @@ def compare(args):
     print(f"\n{'layer':10}{'open edges':>18}{f'of these, < {IDLE}':>18}    sparse, {len(rows)} rows of {rows.shape[1]}")
     for layer, (share, idle) in enumerate(zip(*found["idle"])):
         print(f"{layer:<10}{share:18.3%}{idle:18.1%}")
+    rows = rows_of_context(tokens, ends, lengths[-1])
+    found["cost of idle edges"] = mean_and_error(
+        losses(models["sparse"], rows, lengths[-1], without_idle) - losses(models["sparse"], rows, lengths[-1]))
+    print("closing the latter costs {:.4f} +- {:.4f} nats per token".format(*found["cost of idle edges"]))
     write_json(os.path.join(args.out, "distance.json"), vars(args) | found)
     draw_distance(found, os.path.join(args.out, "distance.png"))
     print(f"\ndistance.json and distance.png are in {args.out}")

@@ -27,7 +27,7 @@ def picture(path, title, rows, columns, size, **options):
 
 
 def draw_heads(found, kinds, share, title, path):
-    """Figure 3: the effect of the first k heads, restored in a corrupted run, or (dotted) kept in a clean one. found:
+    """Figure 3: the effect of the first k heads, restored in a corrupted run, or (thin) kept in a clean one. found:
     what `measure` of extras/circuits.py makes, by model."""
     with picture(path, title, 1, 2, (11, 4.5), sharey=True) as axes:
         for ax, kind in zip(axes[0], kinds):
@@ -35,7 +35,8 @@ def draw_heads(found, kinds, share, title, path):
                 counts = f["numbers of heads"]
                 ax.plot(counts, f[f"explained effect, {kind}"], **STYLES[name],
                         label=f"{name}: restored, {share:.0%} at {f[f'heads restored, {kind}']}")
-                ax.plot(counts, f[f"effect of kept heads, {kind}"], ":", color=STYLES[name]["color"], lw=1.2,
+                ax.plot(counts, f[f"effect of kept heads, {kind}"], ":" if name == "dense" else "-.", lw=1.2,
+                        color=STYLES[name]["color"],
                         label=f"{name}: kept, {share:.0%} at {f[f'heads kept, {kind}']}")
             ax.xaxis.get_major_locator().set_params(integer=True)
             finish_effects(ax, share, "heads", kind)
@@ -147,9 +148,9 @@ def draw_frontier(runs, path):
                           [run["tau"] for run in runs], cmap="viridis", edgecolor="black", zorder=3, label="sparse")
         ax.figure.colorbar(dots, label="tau (nats per token)")
         ax.set_xscale("log")
-        for key, name, style in (("untouched_ce", "untouched model", "0.5"), ("control_ce", "dense control", "C0")):
+        for key, name, style in (("untouched_ce", "untouched model", ":"), ("control_ce", "dense control", "--")):
             for n, ce in enumerate({run[key] for run in runs} - {None}):
-                ax.axhline(ce, color=style, ls="--", label=f"{name}, all edges" if n == 0 else None)
+                ax.axhline(ce, color="black", lw=0.8, ls=style, label=f"{name}, all edges" if n == 0 else None)
         ax.margins(x=0.15, y=0.15)
         ax.set(xlabel="active edges (% of the allowed ones, log axis)",
                ylabel="validation cross-entropy (nats per token)")
@@ -172,6 +173,23 @@ def draw_sweeps(results, title, path):
             column[1].set_xticks(range(len(found)), found)
             column[1].set_xlabel("value")
         axes[0, 0].legend(fontsize=8)
+
+
+def draw_arms(rows, measures, title, path):
+    """Runs of several arms, a panel for each measure, a dot for each run. rows: (arm, a value of each measure)."""
+    arms = list(dict.fromkeys(arm for arm, *_ in rows))
+    with picture(path, title, 1, len(measures), (1.5 + 2.6 * len(measures), 4)) as axes:
+        for n, (ax, measure) in enumerate(zip(axes[0], measures), 1):
+            for at, arm in enumerate(arms):
+                values = [row[n] for row in rows if row[0] == arm]
+                ax.plot([at] * len(values), values, "ko", mfc="none")
+                ax.plot(at, np.mean(values), "k_", ms=24)
+            ax.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=9)
+            ax.margins(x=0.2, y=0.15)
+            ax.set_title(measure, fontsize=10)
+            if not measure.endswith("nats"):
+                ax.set_ylim(bottom=0)
+        axes[0, 0].set_ylabel("a dot for each seed, a dash for their mean")
 
 
 def draw_distance(found, path):

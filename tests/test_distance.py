@@ -33,6 +33,30 @@ def test_losses_and_rows_by_hand():
             assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), abs=1e-5)
 
 
+def test_idle_edges_are_closed_and_no_others(monkeypatch):
+    """Closing those below 0 closes none, below 2 all: then z is 0 and attention adds its bias. In between, layer by
+    layer, by hand."""
+    model = GPT(GPTConfig(12, 11, 2, 2, 8, gated=True, gate_bias=0.0), torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    tokens = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for limit in (0, 0.1, 2):
+        monkeypatch.setattr(distance, "IDLE", limit)
+        with torch.no_grad():
+            x = model.embed(tokens)
+            for block in model.h:
+                q, k, v = block.attn.heads(block.ln_1(x))
+                weights = block.attn.weights(q, k)
+                x = x + block.attn.project((weights * (weights >= limit)) @ v)
+                x = x + block.mlp(block.ln_2(x))
+            found[limit] = distance.without_idle(model, tokens)
+        torch.testing.assert_close(found[limit], model.unembed(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0], model(tokens).logits, atol=1e-5, rtol=0)
+    assert (found[0.1] - found[0]).abs().max() > 0.01 < (found[0.1] - found[2]).abs().max()
+
+
 def test_idle_edges_by_counting():
     model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, gated=True, gate_bias=0.0),
                 generator=torch.Generator().manual_seed(0)).eval()

@@ -8,6 +8,7 @@ whose bias is drawn anew for every window, so the mean of all tosses before pred
 a copy of the model gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of docstrings and
 of tosses (best: that of (heads + 1) / (tosses + 2), plus 0.01 where two windows meet), share of characters of the
 second copy that are right, and, in windows with n = 32, the share of the allowed edges that are open, by distance.
+far.png shows what is lost.
 """
 import argparse
 import copy
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from exercises.open import two_phases
+from extras.figures import draw_arms
 from model import GPT, GPTConfig
 from support.data import byte_encoding, load_data, spread
 from support.files import make_folder, run_command
@@ -70,7 +72,7 @@ def run(args):
     text, rng = load_data("stdlib", byte_encoding()), np.random.default_rng(0)
     data = [windows(part, count, KINDS, rng).flatten() for part, count in zip(text, (15_000, 321, 1_000))]
     probes = {kind: windows(text[1], 321, [kind], rng) for kind in ("text", "tosses", *PERIODS)}
-    place = Place("cpu", "float32")
+    place, drawn = Place("cpu", "float32"), []
     titles = ["seed", "tau", "CE", "active edges", "CE of text", f"of tosses (best {best_ce(probes['tosses']):.3f})",
               *(f"right, n = {n}" for n in PERIODS), *(f"open at distance {low} to {high}" for low, high in BANDS)]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
@@ -90,10 +92,14 @@ def run(args):
             ce, active = evaluate(model, val, place, prune)
             parts = [evaluate(model, spread(probes[kind].flatten(), T, prune.eval_windows), place, prune)[0]
                      for kind in ("text", "tosses")]
-            cells = [f"{seed}", "dense" if room is None else f"+{room}", f"{ce:.3f}", f"{active.mean():.2%}",
-                     *(f"{part:.3f}" for part in parts), *(f"{right(model, probes[n], n):.0%}" for n in PERIODS),
+            copied, arm = [right(model, probes[n], n) for n in PERIODS], "dense" if room is None else f"+{room}"
+            cells = [f"{seed}", arm, f"{ce:.3f}", f"{active.mean():.2%}",
+                     *(f"{part:.3f}" for part in parts), *(f"{share:.0%}" for share in copied),
                      *(f"{share:.2%}" for share in open_by_distance(model, probes[PERIODS[-1]][:100]))]
             print(f"| {' | '.join(cells)} |", flush=True)
+            drawn.append((arm, *parts, *(100 * share for share in copied)))
+    draw_arms(drawn, ("CE of text, nats", "CE of tosses, nats", *(f"copies right, n = {n}, %" for n in PERIODS)),
+              "What is lost as tau loosens: dense, and tau above the dense CE", os.path.join(args.out, "far.png"))
 
 
 def folder(args, seed, name):

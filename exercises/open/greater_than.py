@@ -7,7 +7,7 @@ a token a word and two for a year. Then it gets gates, under CE <= its dense CE 
 the corrupted sentence the first year ends in 01. k heads of a clean run are kept; all others write what they wrote in
 the corrupted run. *Live* MLPs work on what they read, *corrupted* ones write what they wrote in the corrupted run.
 Printed for both models: the heads needed for 0.9 of the effect, and the effect of 1, 2, 4 and all 16. The first line
-gives the CE of a model that gives all later years the same probability.
+gives the CE of a model that gives all later years the same probability. Draws greater_than.png.
 """
 import copy
 import functools
@@ -20,6 +20,7 @@ import torch
 import patching as P
 import toy_addition as toy
 from exercises.open import two_phases
+from extras.figures import draw_arms
 from extras.tasks import NOUNS, later_years
 from geco import Geco
 from model import GPT, GPTConfig, allowed_edges
@@ -67,6 +68,7 @@ def run(args):
     clean, corrupt = idx[rows], idx[rows].clone()
     corrupt[:, 7] = 1
     metric = functools.partial(later_years, numbers=torch.arange(100).expand(len(rows), -1), year=years[rows])
+    drawn = []
     print(f"CE of an even guess {torch.log(99.0 - years).mean():.4f}; heads kept for 0.9 of the effect, and that of "
           f"{', '.join(map(str, SOME))}\n{'seed':6}{'model':8}{'CE':>8}{'edges':>9}{'m, clean and 01':>18}"
           f"{'MLPs live':>38}{'corrupted':>38}")
@@ -88,7 +90,10 @@ def run(args):
             kept = [f"{P.first_reaching(share)} ({', '.join(f'{share[k]:.2f}' for k in SOME)})" for share in shares]
             print(f"{seed:<6}{name:8}{found['hard_ce']:8.4f}{found['active'] / allowed_edges(model.config):9.2%}"
                   f"{f'{high:.2f}, {low:.2f}':>18}{kept[0]:>38}{kept[1]:>38}", flush=True)
+            drawn.append((name, found["hard_ce"], P.first_reaching(shares[0]), shares[0][1]))
             save_checkpoint(model, os.path.join(args.out, f"{seed}-{name}.pt"))
+    draw_arms(drawn, ("CE, nats", "heads kept for 0.9 of the effect", "effect of 1 head"), "Greater-than: heads needed",
+              os.path.join(args.out, "greater_than.png"))
 
 
 def main():

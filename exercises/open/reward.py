@@ -10,7 +10,7 @@ Each seed's dense model gets gates and trains on in three ways, all with the toy
 In both arms with a reward the constraint is 1 - exact expected reward <= 0.01, and a batch shows each sum 8 times, each
 time under gates of its own. So these arms differ only by the noise of drawn answers. (Under shared gates
 the 8 answers would mostly be all right or all wrong, and the baseline would cancel what a gate is worth.) Prints a row
-for each, on held-out sums.
+for each, on held-out sums, and draws reward.png.
 """
 import copy
 import os
@@ -19,6 +19,7 @@ import torch
 
 import toy_addition as toy
 from exercises.open import two_phases
+from extras.figures import draw_arms
 from model import GPT
 from support.files import make_folder, run_command
 from support.weights import save_checkpoint
@@ -58,7 +59,7 @@ def run(args):
     make_folder(args.out)
     idx, targets = toy.addition_data()
     train_rows, held_out = toy.split()
-    training = idx[train_rows], targets[train_rows]
+    training, rows = (idx[train_rows], targets[train_rows]), []
     print(f"{'seed':6}{'objective':16}{'edges, of 90':>14}{'right':>10}{'carry edge with, without':>28}{'tau met':>10}")
     for seed in range(args.seeds):
         dense = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(seed))
@@ -72,9 +73,12 @@ def run(args):
             met = any(toy.meets_constraint(row, geco.tau) for row in history if "hard_ce" in row)
             found = toy.evaluate(model, idx[held_out], targets[held_out])
             _, with_carry, without = toy.find_carry_edge(model, idx, train_rows, held_out)
+            rows.append((name, found["active"], 100 * found["accuracy"]))
             print(f"{seed:<6}{name:16}{found['active']:14.2f}{found['accuracy']:10.2%}"
                   f"{f'{with_carry:.0%}, {without:.0%}':>28}{'yes' if met else 'no':>10}", flush=True)
             save_checkpoint(model, os.path.join(args.out, f"{seed}-{name.replace(' ', '-')}.pt"), layout="reversed")
+    draw_arms(rows, ("edges, of 90", "held-out sums right, %"), "The toy by its cross-entropy, and by rewards",
+              os.path.join(args.out, "reward.png"))
 
 
 def main():
