@@ -6,6 +6,7 @@ import pytest
 import tiktoken
 import torch
 
+import patching
 from extras import tasks
 from support.data import byte_encoding, gpt2_encoding
 from support.files import UserError
@@ -83,6 +84,19 @@ def test_ioi(gpt2, corruption):
     again = tasks.ioi(200, 0, corruption=corruption)
     assert torch.equal(again[0], clean) and torch.equal(again[1], corrupt)
     assert not torch.equal(tasks.ioi(200, 1)[0], clean)
+
+
+def test_sentences_quoted_as_examples_are_some_of_ours():
+    """Those of patching.py and of docs/circuits.md: a template, and words of the task's own lists."""
+    page = " ".join(Path(tasks.__file__).parents[1].joinpath("docs/circuits.md").read_text(encoding="utf-8").split())
+    quoted = [re.search(r"clean +(After .* to) ", patching.__doc__)[1],
+              re.search(r"corrupt +(After .* to) ", patching.__doc__)[1], re.search(r"\*(When .*? to)\*", page)[1]]
+    words = {"{}": tasks.NAMES, "{place}": tasks.PLACES, "{object}": tasks.OBJECTS}
+    for sentence in quoted:
+        forms = list(tasks.IOI["ours"])
+        for field, some in words.items():
+            forms = [form.replace(field, f" ({'|'.join(some.split())})") for form in forms]
+        assert any(re.fullmatch(form, sentence) for form in forms), sentence
 
 
 def test_the_papers_own_sentences(gpt2):
