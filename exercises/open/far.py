@@ -110,8 +110,7 @@ def folder(args, seed, name):
 
 
 def main():
-    parser = two_phases("far", "Copies and means: what goes first as tau loosens?", dense_steps=6000, steps=2000)
-    run_command(parser, run)
+    run_command(two_phases("far", "Copies and means: what goes first as tau loosens?", 6000, 2000), run)
 
 
 if __name__ == "__main__":

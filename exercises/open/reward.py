@@ -82,8 +82,7 @@ def run(args):
 
 
 def main():
-    parser = two_phases("reward", "The toy with a reward in place of a cross-entropy.", dense_steps=8000, steps=8000)
-    run_command(parser, run)
+    run_command(two_phases("reward", "The toy with a reward in place of a cross-entropy.", 8000, 8000), run)
 
 
 if __name__ == "__main__":
