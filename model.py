@@ -130,9 +130,11 @@ class GPT(nn.Module):
         super().__init__()
         config = dataclasses.replace(config)    # its own: set_gates changes it
         sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
-        if min(sizes) < 1 or config.n_embd % config.n_head:
-            raise UserError(f"no GPT has these sizes: {config}\n"
-                            "expected all of them to be at least 1, and n_embd a multiple of n_head")
+        if min(sizes) < 1:
+            raise UserError(f"no GPT has these sizes: {config}\nexpected all of them to be at least 1")
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}\n"
+                            "change one of the two")
         self.config = config
         self.notes = {}           # text that checkpoints keep beside the weights, as the toy's layout
         self.recompute = False    # True: a block's activations are computed again in the backward pass, not kept

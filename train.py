@@ -159,7 +159,6 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     train_tokens, val_tokens, constraint_tokens = data
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
     T, steps, every = model.config.block_size, args.steps, look_every(args)
-    val_windows = spread(val_tokens, T, args.eval_windows)               # the same at each evaluation
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     averaged = twin(model)
     log = Log(out, model, averaged, optimizer, geco)
@@ -183,7 +182,7 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     for step in range(log.step, steps + 1):    # once more than there are steps, to evaluate the last
         recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
         if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
-            log.add(step * tokens_per_step, *evaluate(averaged, val_windows, place, args))
+            log.add(step * tokens_per_step, *evaluate(averaged, spread(val_tokens, T, args.eval_windows), place, args))
         if place.any(interrupted):
             stop(log, place, args)
         if step == steps:

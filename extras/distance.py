@@ -99,14 +99,14 @@ def compare(args):
                 column[n] = mean_and_error(ce)
             print(f"{n:<10}" + "".join("{:10.3f} +- {:.3f}".format(*column[n]) for column in found[question].values()),
                   flush=True)
-    rows = questions["context"][lengths[-1]][0][:max(1, AT_ONCE // lengths[-1]), 1:]    # the longest, as many as fit
+    longest_rows = questions["context"][lengths[-1]][0]
+    rows = longest_rows[:max(1, AT_ONCE // lengths[-1]), 1:]                  # as many as fit
     found["idle"] = [shares.tolist() for shares in idle_edges(models["sparse"], rows)]
     print(f"\n{'layer':10}{'open edges':>18}{f'of these, < {IDLE}':>18}    sparse, {len(rows)} rows of {rows.shape[1]}")
     for layer, (share, idle) in enumerate(zip(*found["idle"])):
         print(f"{layer:<10}{share:18.3%}{idle:18.1%}")
-    rows = rows_of_context(tokens, ends, lengths[-1])
-    found["cost of idle edges"] = mean_and_error(
-        losses(models["sparse"], rows, lengths[-1], without_idle) - losses(models["sparse"], rows, lengths[-1]))
+    closed, plain = (losses(models["sparse"], longest_rows, lengths[-1], *run) for run in ((without_idle,), ()))
+    found["cost of idle edges"] = mean_and_error(closed - plain)
     print("closing the latter costs {:.4f} +- {:.4f} nats per token".format(*found["cost of idle edges"]))
     write_json(os.path.join(args.out, "distance.json"), vars(args) | found)
     draw_distance(found, os.path.join(args.out, "distance.png"))

@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 def first_line(error):
     """What went wrong, without the path, which the message has named."""
-    return (getattr(error, "strerror", None) or str(error)).partition("\n")[0][:160]
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0][:160]
 
 
 @contextlib.contextmanager

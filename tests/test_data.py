@@ -208,7 +208,8 @@ def test_gpt2s_vocabulary_that_does_not_come_names_the_offline_ways(monkeypatch,
         raise error
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    with pytest.raises(UserError, match=f"cannot download GPT-2's vocabulary: {error}\nset TIKTOKEN_CACHE_DIR .*stdlib"):
+    match = f"cannot download GPT-2's vocabulary: {error}\nset TIKTOKEN_CACHE_DIR .*stdlib"
+    with pytest.raises(UserError, match=match):
         data.gpt2_encoding()
 
 

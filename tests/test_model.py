@@ -580,7 +580,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     refused("an output head of its own", load, tmp_path, {**weights, "lm_head.weight": weights["wte.weight"] + 1})
     refused("reads at most 12 positions, not 13", load, tmp_path, weights, block_size=13)
     refused("GPTConfig has no field gate_biass", load, tmp_path, weights, gate_biass=1)
-    refused("n_embd a multiple of n_head", load, tmp_path, weights, n_head=5)
+    refused("n_embd=24 is not a multiple of n_head=5", load, tmp_path, weights, n_head=5)
     refused("no GPT has these sizes: .*n_layer=0", GPT, GPTConfig(n_layer=0))
     refused("h.1.ln_1.weight is missing", load, tmp_path, {n: a for n, a in weights.items() if "h.1." not in n})
     refused("activation_function=relu", load, tmp_path, weights, {**CONFIG_JSON, "activation_function": "relu"})
