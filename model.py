@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
 
     def score_weights(self):
         """The trained weights that make the scores: views of the rows of q and k."""
-        rows = 2 * self.config.n_embd
+        rows = 2 * self.config.n_embd    # an adapter's first matrix (rank,C) has fewer
         return [p[:rows] for p in self.c_attn.parameters() if p.requires_grad and len(p) >= rows]
 
 

@@ -46,7 +46,8 @@ def nodes(config):
 
 
 def edge_mask(config):
-    """(S,S) bool: does destination d read source s? A head feeds its own layer's MLP, but none of its heads."""
+    """(S,S) bool: does destination d, nodes[d + 1], read source s, nodes[s]? A head feeds its layer's MLP, but no head
+    of it."""
     H, S = config.n_head, 1 + config.n_layer * (config.n_head + 1)
     d = torch.arange(S)                       # with H = 2:   0 1 2  3 4 5  6    (two heads and an MLP, twice; logits)
     n = d % (H + 1)                           #               0 1 2  0 1 2  0    its number in the layer
@@ -73,7 +74,8 @@ def live(attn, q, k, v):
 
 
 def frozen(attn, q, k, v):
-    """The same z, but no gradient goes through a gate (it does through the softmax)."""
+    """The same z, but a gradient goes through the softmax only. In `live` it goes through the gates too, as in training
+    (straight-through)."""
     p, gates = pattern(attn, q, k)
     return (gates * p) @ v
 
@@ -104,8 +106,7 @@ def forward(model, tokens, read=None, write=None, attend=live):
         q, k, v = block.attn.heads(block.ln_1(read(heads, x) if read else x))        # (N,H,T,D)
         x = x + block.attn.project(write(heads, attend(block.attn, q, k, v)))
         x = x + write(mlp, block.mlp(block.ln_2(read(mlp, x)[:, 0] if read else x)))
-    last = 1 + len(model.h) * (H + 1)
-    return model.unembed(read(slice(last, last + 1), x)[:, 0] if read else x)
+    return model.unembed(read(slice(mlp.stop, mlp.stop + 1), x)[:, 0] if read else x)
 
 
 def outputs(model, tokens, read=None, attend=live):
@@ -130,11 +131,6 @@ def to_stream(model, start, out):
         return out[:, None]
     weight = model.h[layer_of(start, model.config)].attn.c_proj.weight               # (C,H*D)
     return torch.einsum("nhtd,chd->nhtc", out, weight.unflatten(1, (out.shape[1], -1)))
-
-
-def differences(model, clean, corrupt):
-    """out_u(clean) - out_u(corrupt) of every source, (N,S,T,C), from what `outputs` found in two runs."""
-    return torch.cat([to_stream(model, start, clean[start] - corrupt[start]) for start in clean], 1)
 
 
 # ---- Heads
@@ -228,7 +224,7 @@ def edge_scores(model, clean, corrupt, metric, points=1):
 
     points: the gradient is the mean over this many runs. In run p = 0 ... points - 1 the embedding is the corrupted one
     plus p / points of the way to the clean one, and all else follows (integrated gradients: EAP-IG, Hanna et al. 2024,
-    arXiv 2403.17806). Run 0 is the corrupted run, so 1 point is attribution patching. A hard gate has no gradient: with
+    arXiv 2403.17806). Run 0 is the corrupted run, so 1 point is attribution patching. No gradient goes through a gate: with
     1 point an edge whose effect runs through a gate that is shut there scores 0. On the way the gate opens, and the
     edge gets some of its due. Summed over destinations, a row is the attribution of the source node. Costs 1 + points
     runs and `points` backward passes.
@@ -238,7 +234,7 @@ def edge_scores(model, clean, corrupt, metric, points=1):
     for point in range(points):
         written, destinations, inputs = {}, [], []
 
-        def write(n, out):    # the graph begins at the embedding: weights may be frozen
+        def write(n, out):    # gradients begin at the embedding: weights may need none
             written[n.start] = out.detach()
             return out if n.start else torch.lerp(written[0], after[0], point / points).requires_grad_()
 
@@ -250,7 +246,7 @@ def edge_scores(model, clean, corrupt, metric, points=1):
         with torch.enable_grad():
             m = metric(forward(model, corrupt, read, write, attend)).sum()
         if point == 0:    # the corrupted run, rounded like the clean one: equal sentences give 0
-            change = differences(model, after, written)                              # (N,S,T,C)
+            change = torch.cat([to_stream(model, n, after[n] - written[n]) for n in after], 1)    # (N,S,T,C)
             N, S = change.shape[:2]
             scores = change.new_zeros(N, S, S)
         for n, grad in zip(destinations, torch.autograd.grad(m, inputs, materialize_grads=True)):

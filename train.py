@@ -9,12 +9,12 @@
 RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a
 line per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose
 validation loss met tau), summary.json and three pictures; a --dense run gets neither best.pt nor pictures. With
---init scratch there is also dense/, log.csv and last.pt of the dense training. Losses are cross-entropies in nats per
+--init scratch a folder dense/ in it has log.csv and last.pt of the dense training. Losses are cross-entropies in nats per
 token; edges are shares of the allowed ones. The gradient comes from sampled gates on the training text; lambda looks
-at the model that is kept, averaged weights and hard gates, on text never trained on.
+at the model that is kept, averaged weights and hard gates, on text never trained on (unless --constraint says otherwise).
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
-(seed, n, rank). So a run that was killed and resumed gives what an uninterrupted one gives.
+(seed, n, rank). So a run that was killed and resumed gives what an uninterrupted one gives, on a CPU bit for bit.
 """
 import argparse
 import copy
@@ -90,12 +90,12 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
         with nullcontext() if synchronise else forward.no_sync():
             with place.autocast():
                 found = forward(idx, targets)
-                edges, weighed = found.expected_edges.mean(), found.loss    # weighed: by lambda
+                edges, loss = found.expected_edges.mean(), found.loss
                 if teacher:
                     kl = divergence(found.logits, teacher(idx).logits)
-                    weighed = kl if args.distill == math.inf else weighed + args.distill * kl
-                loss = geco.objective(edges, weighed) if geco else weighed
-            (loss / micros).backward()
+                    loss = kl if args.distill == math.inf else loss + args.distill * kl
+                objective = geco.objective(edges, loss) if geco else loss
+            (objective / micros).backward()
         numbers.append(torch.stack((found.loss, edges, found.active_edges.mean())).detach())
     return place.mean(*torch.stack(numbers).cpu().double().mean(0).tolist())
 
@@ -117,7 +117,8 @@ def optimizer_step(optimizer, lr, scores, score_lr):
 
 
 def twin(model):
-    """A copy of the model. Frozen matrices are shared: with adapters they are nearly all of it."""
+    """A copy of the model. Frozen matrices are shared: with adapters they are nearly all of it. Vectors are not: a b that
+    is frozen now may be trained later."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if p.ndim > 1 and not p.requires_grad})
 
 

@@ -47,7 +47,7 @@ def flipped(model, tokens, flip=None, write=None):
 def flip_scores(model, tokens, metric):
     """(21) for every edge, in the units of metric(logits) -> (N), 0 for those that the causal mask hides; and which are
     open: (N,L,H,T,T) each."""
-    def write(n, out):    # the graph begins at the embedding: weights may be frozen
+    def write(n, out):    # gradients begin at the embedding: weights may need none
         return out if n.start else out.detach().requires_grad_()
 
     with torch.enable_grad():

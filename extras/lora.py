@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.files import UserError
+
 QUERY_KEY = ("c_attn", "q_proj", "k_proj")
 ALPHA = 16    # s = ALPHA / rank: a step of Adam then moves the output as far at any rank
 
@@ -38,6 +40,9 @@ def add_adapters(model, rank, everything=False, dtype=torch.float32, generator=N
 
     Of GPT-2's c_attn, which makes q, k and v, the rows of q and k get one adapter together. Returns the model.
     """
+    if rank > model.config.n_embd:
+        raise UserError(f"adapters of rank {rank} are larger than a matrix of width {model.config.n_embd}\n"
+                        "pass a lower rank")
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":

@@ -98,8 +98,12 @@ def settle(given, more=()):
         if saved["processes"] != processes:
             raise UserError(f"{args.resume} was started with {saved['processes']} processes, not {processes}\n"
                             f"resume it with torchrun --nproc_per_node={saved['processes']}")
-        moved = {"out": args.resume, "device": args.device or saved["device"]}
-        return argparse.Namespace(**defaults(saved["init"], more) | saved | moved)
+        known = defaults(saved["init"], more)
+        foreign = {name for name in saved.keys() - known.keys() - {"processes"} if saved[name]}
+        if foreign:
+            raise UserError(f"{args.resume} has {listed(foreign)}, which this program does not know\n"
+                            "resume it with the program that began it")
+        return argparse.Namespace(**known | saved | {"out": args.resume, "device": args.device or saved["device"]})
     if args.control:
         raise UserError("--control is for the report of a finished run\npass it with --report RUN")
     refused = given.keys() & SCRATCH_ONLY if args.init != "scratch" else set()

@@ -48,7 +48,8 @@ def report(out, control, load, encoding_of):
     """Print the table of the run in `out`, draw its pictures (of a --dense run none) and write summary.json, the last
     file: if it is there, the report is whole.
 
-    control: None, or the folder of a --dense run. load, encoding_of: see train.main.
+    control: None, or the folder of a --dense run. load, encoding_of: see train.main. Without a best.pt attention.png
+    shows last.pt, which after Ctrl-C is some steps ahead of the last row.
     """
     args, base, rows = read_run(out)
     lines = [("untouched", base.ce, base.active)]

@@ -5,6 +5,7 @@ import torch
 from extras.llama import Llama, LlamaConfig, load_model
 from extras.lora import add_adapters, merged
 from model import GPT, GPTConfig
+from support.files import UserError
 from support.weights import save_checkpoint
 
 CONFIG = GPTConfig(block_size=12, vocab_size=31, n_layer=2, n_head=3, n_embd=24, gated=True)
@@ -71,6 +72,12 @@ def test_frozen_weights_in_bfloat16_take_half_the_memory():
         assert p.requires_grad == name.endswith((".a", ".b"))
         if p.requires_grad or name.startswith(("wte", "wpe", "ln")):
             assert p.dtype == torch.float32    # what is trained or added up is not rounded
+
+
+def test_a_rank_above_the_width_is_refused():
+    add_adapters(GPT(CONFIG), 24)
+    with pytest.raises(UserError, match="rank 25 .* width 24\npass a lower rank"):
+        add_adapters(GPT(CONFIG), 25)
 
 
 def test_a_small_adapter_is_not_lost_in_bfloat16():

@@ -527,6 +527,19 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_a_message_and_keeps_the_old_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    save_checkpoint(pair()[0], tmp_path / "a.pt")
+    before, limits = (tmp_path / "a.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*a.pt: .*\nmake room on this disk"):
+            save_checkpoint(pair()[0], tmp_path / "a.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("dtype, name", [(torch.float16, "F16"), (torch.bfloat16, "BF16"), (torch.float64, "F64")])
 def test_safetensors_of_other_precisions(tmp_path, dtype, name):
     weights = {n: torch.from_numpy(a).to(dtype) for n, a in gpt2_weights().items()}

@@ -603,6 +603,7 @@ def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
     (["--dense", "--gate-bias-lr", "0.1", "--lam", "1"], "leave --gate-bias-lr, --lam out"),
     (["--resume", "nowhere"], "cannot read nowhere"),
     (["--resume", "OTHER"], "is no run of train.py"),
+    (["--resume", "ADAPTED"], "--lora-rank, which this program does not know\nresume it with the program"),
     (["--resume", "WHOLE", "--steps", "7"], "goes on with the options of its run"),
     (["--resume", "WHOLE", "--steps", "5000"], "goes on with the options of its run"),    # the default, but given
     (["--lora-rank", "8"], "unrecognized arguments: --lora-rank 8"),
@@ -628,9 +629,12 @@ def test_mistakes(tiny, finished, tmp_path, monkeypatch, capsys, args, message):
         broken.ln_f.bias[0] = math.nan
     save_checkpoint(broken, tmp_path / "broken.pt")
     names = {"INIT": tiny / "init.pt", "TEXT": tiny / "text.txt", "WHOLE": finished[0], "ODD": tmp_path / "odd.pt",
-             "BROKEN": tmp_path / "broken.pt", "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "args.json").write_text("{}")
+             "BROKEN": tmp_path / "broken.pt", "OUT": tmp_path / "out", "OTHER": tmp_path / "other",
+             "ADAPTED": tmp_path / "adapted"}
+    whole = json.loads((finished[0] / "args.json").read_text())
+    for name, content in {"other": {}, "adapted": whole | {"lora_rank": 8, "lora_all": False}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps(content))
     args = ["/".join(str(names.get(part, part)) for part in arg.split("/")) if arg[0] != "/" else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     with pytest.raises(SystemExit) as stop:
