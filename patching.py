@@ -224,10 +224,10 @@ def edge_scores(model, clean, corrupt, metric, points=1):
 
     points: the gradient is the mean over this many runs. In run p = 0 ... points - 1 the embedding is the corrupted one
     plus p / points of the way to the clean one, and all else follows (integrated gradients: EAP-IG, Hanna et al. 2024,
-    arXiv 2403.17806). Run 0 is the corrupted run, so 1 point is attribution patching. No gradient goes through a gate: with
-    1 point an edge whose effect runs through a gate that is shut there scores 0. On the way the gate opens, and the
-    edge gets some of its due. Summed over destinations, a row is the attribution of the source node. Costs 1 + points
-    runs and `points` backward passes.
+    arXiv 2403.17806). Run 0 is the corrupted run, so 1 point is attribution patching. No gradient goes through a gate:
+    with 1 point an edge whose effect runs through a gate that is shut there scores 0. On the way the gate opens, and
+    the edge gets some of its due. Summed over destinations, a row is the attribution of the source node. Costs
+    1 + points runs and `points` backward passes.
     """
     attend = frozen if model.config.gated else live
     after = outputs(model, clean, copies, attend)[0]

@@ -96,7 +96,8 @@ def adamw(model, decay):
 def descend(objective, ce, optimizer, lr, where):
     """One step of the optimiser, at the learning rate lr. A cross-entropy that is no number ends the run."""
     if not math.isfinite(ce):
-        raise FloatingPointError(f"the cross-entropy is {ce} at {where}\ntake another --seed, or with gates a larger --tau")
+        raise FloatingPointError(f"the cross-entropy is {ce} at {where}\n"
+                                 "take another --seed, or with gates a larger --tau")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()

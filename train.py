@@ -9,9 +9,9 @@
 RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a
 line per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose
 validation loss met tau), summary.json and three pictures; a --dense run gets neither best.pt nor pictures. With
---init scratch a folder dense/ in it has log.csv and last.pt of the dense training. Losses are cross-entropies in nats per
-token; edges are shares of the allowed ones. The gradient comes from sampled gates on the training text; lambda looks
-at the model that is kept, averaged weights and hard gates, on text never trained on (unless --constraint says otherwise).
+--init scratch a folder dense/ in it has log.csv and last.pt of the dense training. Losses are cross-entropies in nats
+per token; edges are shares of the allowed ones. The gradient comes from sampled gates on the training text; lambda
+looks at the model that is kept, averaged weights and hard gates, by default on text never trained on.
 
 Nothing random has a state that outlives a step: the batches of step n follow from (seed, n), its gates from
 (seed, n, rank). So a run that was killed and resumed gives what an uninterrupted one gives, on a CPU bit for bit.
@@ -117,8 +117,8 @@ def optimizer_step(optimizer, lr, scores, score_lr):
 
 
 def twin(model):
-    """A copy of the model. Frozen matrices are shared: with adapters they are nearly all of it. Vectors are not: a b that
-    is frozen now may be trained later."""
+    """A copy of the model. Frozen matrices are shared: with adapters they are nearly all of it. Vectors are not: a b
+    that is frozen now may be trained later."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if p.ndim > 1 and not p.requires_grad})
 
 
