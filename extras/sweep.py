@@ -111,9 +111,10 @@ def print_table(option, results):
 
 
 def mean_and_range(values, form, unit=1):
-    """Mean and range, in words."""
+    """Mean and range, in words; of one value, the value."""
     values = unit * np.array(values)
-    return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
+    spread = f" ({values.min():{form}} to {values.max():{form}})" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{spread}"
 
 
 def sweep(args):

@@ -52,6 +52,7 @@ def test_a_small_sweep(tmp_path, monkeypatch, capsys):
     assert {b: {found["seed"] for found in s} for b, s in summaries.items()} == {0.0: {0}, 2.0: {0}}
     assert "--no-gif" in toy and not list(tmp_path.glob("*/addition.gif"))
     assert "0.25 (0.20 to 0.30)" == sweep.mean_and_range([0.2, 0.3], ".2f")
+    assert "20.0" == sweep.mean_and_range([0.2], ".1f", 100)
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][2:]
     for value, share, loss, at_equal_loss, right, met in rows:
         of_value = summaries[float(value)]
