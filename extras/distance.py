@@ -105,7 +105,8 @@ def compare(args):
     print(f"\n{'layer':10}{'open edges':>18}{f'of these, < {IDLE}':>18}    sparse, {len(rows)} rows of {rows.shape[1]}")
     for layer, (share, idle) in enumerate(zip(*found["idle"])):
         print(f"{layer:<10}{share:18.3%}{idle:18.1%}")
-    closed, plain = (losses(models["sparse"], longest_rows, lengths[-1], *run) for run in ((without_idle,), ()))
+    plain = losses(models["sparse"], longest_rows, lengths[-1])
+    closed = losses(models["sparse"], longest_rows, lengths[-1], without_idle)
     found["cost of idle edges"] = mean_and_error(closed - plain)
     print("closing the latter costs {:.4f} +- {:.4f} nats per token".format(*found["cost of idle edges"]))
     write_json(os.path.join(args.out, "distance.json"), vars(args) | found)

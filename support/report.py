@@ -7,14 +7,14 @@ import torch
 from support.figures import draw_attention, draw_curve, draw_heads
 from support.files import UserError, write_json
 from support.log import best_row, by_head, read_run, share_at
-from support.options import OPTIONS
+from support.options import defaults
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
 # A control must agree with us in SHARED, and in the options that another loader adds: all that are not in OURS.
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
           "weight_decay", "dtype")
-OURS = {"processes", *(name.replace("-", "_") for name, *_ in OPTIONS)}
+OURS = {"processes", *defaults()}
 
 
 def same_untouched(base, other):

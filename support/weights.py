@@ -152,6 +152,7 @@ def save_checkpoint(model, path, **extra):
     extra: tensors and plain values only, so that `torch.load(path, weights_only=True)` reads it.
     """
     config = dataclasses.asdict(model.config)
-    full = explained(f"cannot write {path}", "make room on this disk", OSError, RuntimeError)    # PyTorch's, where full
-    with full, replacing(path) as temporary:
+    failures = OSError, RuntimeError    # RuntimeError: PyTorch, on a full disk
+    with (explained(f"cannot write {path}", "make room on this disk, or write elsewhere", *failures),
+          replacing(path) as temporary):
         torch.save({**model.notes, **extra, "config": config, "model": model.state_dict()}, temporary)

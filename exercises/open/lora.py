@@ -5,7 +5,7 @@
 A Llama (a folder from Hugging Face, or a dense run of extras.train_llama) gets gates and trains for the same number of
 steps with adapters on q and k, of rank 4, 16 and 64, with adapters of rank 16 on every layer, and whole. It learns from
 the untouched model alone (--distill inf): so no arm buys edges with what it learns of the text. tau is the untouched
-CE, which such a student does not reach: lambda only rises, and edges are compared at equal CE. Adapters train at 1e-3
+CE, which such a student does not reach: lambda hardly falls, and edges are compared at equal CE. Adapters train at 1e-3
 and whole models at 2e-4, usual rates for each; q and k (of adapters, B) at five times that. The gates' b, one per head,
 is learned in all arms. So the first three differ in nothing but the rank. Seeds begin at 1: a model that was trained
 here with seed 0 would read its windows again.
