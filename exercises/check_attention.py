@@ -51,6 +51,23 @@ def test_one_draw_makes_output_share_and_gradient(answer):
         assert gradient is not None and gradient.abs() > 1e-6, f"{what} must have a gradient through the gates"
 
 
+def test_a_score_has_a_gradient_through_its_gate_and_through_the_softmax(answer):
+    q, k, v = (t.requires_grad_() for t in qkv())
+    y, expected, _ = answer.sparse_attention(q, k, v, 0.2)
+    allowed = torch.ones(6, 6, dtype=torch.bool).tril()
+    scores = (q @ k.mT / 2).masked_fill(~allowed, -torch.inf)
+    soft = torch.sigmoid(scores + 0.2)
+    bits = (scores + 0.2 > 0) + soft - soft.detach()    # a bit with the gradient of its probability
+    for what, ours, rule in (("y", y, bits * scores.softmax(-1) @ v), ("expected", expected, soft.sum((-2, -1)) / 21)):
+        weight = torch.randn_like(rule)
+        for x, name in ((q, "q"), (k, "k"), (v, "v")):
+            found, right = (torch.autograd.grad(t, x, weight, retain_graph=True, allow_unused=True)[0] for t in (ours, rule))
+            if right is not None:
+                assert found is not None, f"{what} has no gradient with respect to {name}"
+                same(found, right, f"the gradient of {what} with respect to {name}: from sample_gates' logit and from the "
+                     "softmax, without detach")
+
+
 def test_the_future_is_never_read(answer):
     q, k, v = qkv()
     y = answer.sparse_attention(q, k, v, 5.0)[0]

@@ -214,10 +214,12 @@ def test_gpt2s_vocabulary_that_does_not_come_names_the_offline_ways(monkeypatch,
 
 
 def test_a_large_vocabulary_takes_wider_tokens(tmp_path):
-    """Above 2^16 tokens the files are uint32: a token that 16 bits cannot hold comes back as it is."""
+    """Above 2^16 tokens the files are uint32: a token that 16 bits cannot hold comes back as it is. The files that
+    another encoding has left of the same text are not taken for these."""
     encoding = tiktoken.Encoding("large", pat_str=r"[\s\S]", mergeable_ranks={bytes([n]): n for n in range(256)},
                                  special_tokens={"<|endoftext|>": 70_000})
     (tmp_path / "all.txt").write_text("\n\n\n".join(TEXTS))
+    check_split(*data.load_data(str(tmp_path / "all.txt"), data.byte_encoding()), data.byte_encoding())
     splits = data.load_data(str(tmp_path / "all.txt"), encoding)
     assert {tokens.dtype for tokens in splits} == {np.dtype(np.uint32)}
     check_split(*splits, encoding)

@@ -218,11 +218,19 @@ def strongest_with_its_sign(pattern, v, gradient):
     return divmod(int(pairs.argmax()), pairs.shape[1])
 
 
+def gates_of_detached_scores(q, k, v, gate_bias, causal=True, sample=False):
+    y, expected, active = gates.sparse_attention(q.detach(), k.detach(), v, gate_bias, causal, sample)
+    weights = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return y + weights - weights.detach(), expected, active
+
+
 @pytest.mark.parametrize("check, wrong", [
     (check_gate.test_without_noise_a_gate_is_open_where_its_logit_is_positive, dict(sample_gates=gate_open_at_0)),
     (check_gate.test_gates_are_bits_and_open_with_probability_sigmoid, dict(sample_gates=gate_of_tame_noise)),
     *((check_attention.test_one_draw_makes_output_share_and_gradient, dict(sparse_attention=wrong)) for wrong in (
         output_without_gradient, expected_without_gradient, output_of_another_draw, output_of_hard_gates)),
+    (check_attention.test_a_score_has_a_gradient_through_its_gate_and_through_the_softmax,
+     dict(sparse_attention=gates_of_detached_scores)),
     (check_carry.test_it_is_picked_on_one_set_and_reported_on_the_other, dict(find_carry_edge=picked_on_the_held_out)),
     (check_carry.test_shares_are_those_of_the_held_out_sums, dict(find_carry_edge=carry_by_row)),
     (check_attribution.test_edges_that_open_a_gate_are_missed, dict(missed_edges=absolute_after_the_mean)),

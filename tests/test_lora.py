@@ -53,6 +53,11 @@ def test_only_the_adapters_change_and_merging_keeps_the_function(tmp_path, every
     assert torch.load(tmp_path / "plain.pt", weights_only=True)["model"].keys() == before.keys()
 
 
+def test_of_an_adapter_the_scores_weights_are_the_rows_of_b():
+    model = add_adapters(GPT(CONFIG), 4)
+    assert [[tuple(p.shape) for p in block.attn.score_weights()] for block in model.h] == 2 * [[(48, 4)]]
+
+
 def test_it_starts_as_the_model_that_it_adapts():
     model, idx = GPT(CONFIG).eval(), torch.randint(31, (2, 12))
     expected = model(idx).logits

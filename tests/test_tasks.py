@@ -1,6 +1,7 @@
 """extras/tasks.py: what the sentences say, read back as text, and metrics by hand."""
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -10,7 +11,7 @@ import patching
 from extras import tasks
 from support.data import byte_encoding, gpt2_encoding
 from support.files import UserError
-from toy_addition import ALPHABET
+from toy_addition import ALPHABET, addition_data, split
 
 VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "tiktoken"    # GPT-2's, if it lies beside the checkout
 
@@ -163,6 +164,7 @@ def test_copy():
 @pytest.mark.parametrize("layout", ["reversed", "paper"])
 def test_addition(layout):
     clean, corrupt, metric = tasks.addition(200, 0, layout)
+    assert {*map(tuple, clean.tolist())} <= {*map(tuple, addition_data(layout)[0][split()[1]].tolist())}    # held out
     logits = torch.randn(200, clean.shape[1], 13)
     values = metric(logits)
     for n, rows in enumerate(zip(clean.tolist(), corrupt.tolist())):
@@ -175,6 +177,15 @@ def test_addition(layout):
         tens = [(a + b) // 10 % 10, (c + d) // 10 % 10]
         assert (tens[0] - tens[1]) % 10 in (1, 9)
         assert values[n].item() == pytest.approx((logits[n, -2, tens[0]] - logits[n, -2, tens[1]]).item())
+
+
+def test_options_reach_their_task(gpt2, monkeypatch):
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=50257, block_size=64), notes={})
+    monkeypatch.setattr(tasks, "encoding_of", lambda _: gpt2)
+    clean, corrupt, _ = tasks.make_pairs("ioi", 5, 3, model, template="paper", corruption="swap")
+    ours, theirs, _ = tasks.ioi(5, 3, "swap", "paper", encoding=gpt2)
+    assert torch.equal(clean, ours) and torch.equal(corrupt, theirs)
+    assert not torch.equal(clean, tasks.make_pairs("ioi", 5, 3, model, template=None, corruption="swap")[0])
 
 
 def test_select_takes_the_metric_along():

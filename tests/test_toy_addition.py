@@ -83,7 +83,7 @@ def ten_losses(seed, gated, monkeypatch):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_same_seed_same_first_ten_losses(gated, monkeypatch):
+def test_same_seed_same_first_ten_losses(gated, monkeypatch, one_thread):
     first = ten_losses(0, gated, monkeypatch)
     assert len(first) == 10 and ten_losses(0, gated, monkeypatch) == first
     assert ten_losses(1, gated, monkeypatch) != first
@@ -201,13 +201,17 @@ def test_the_dense_phase_goes_on_until_every_sum_is_right(monkeypatch):
 
 
 def test_the_dense_phase_leaves_the_average_of_its_weights(monkeypatch):
-    """After steps 10, 20 and 25, by hand from the weights that each step left."""
+    """After steps 10, 20 and 25, by hand from the weights that each step left, with a decay of 4 on q, k and v and a
+    rate that rises over 100 steps."""
     idx, targets = toy.addition_data()
     model, seen = GPT(toy.toy_config(), generator=torch.Generator().manual_seed(3)).double(), []
     descend = toy.descend
 
-    def watched(*args):
-        descend(*args)
+    def watched(objective, ce, optimizer, lr, where):
+        descend(objective, ce, optimizer, lr, where)
+        decayed = {id(p) for group in optimizer.param_groups for p in group["params"] if group["weight_decay"] == 4}
+        assert decayed == {id(block.attn.c_attn.weight) for block in model.h}
+        assert lr == pytest.approx(2e-3 * (len(seen) + 1) / 100)
         seen.append(model.h[0].mlp.c_fc.weight.detach().clone())
 
     monkeypatch.setattr(toy, "descend", watched)
@@ -257,20 +261,24 @@ def test_the_sparsest_average_that_is_right_is_kept(monkeypatch):
 
 
 def test_held_out_sums_are_not_trained_on(tmp_path, monkeypatch):
-    """And the run says whether its constraint was met."""
-    seen = []
+    """And the run trains as its options say, and tells whether its constraint was met."""
+    seen, phases = [], []
     for name in ("train_dense", "train_sparse"):
         phase = getattr(toy, name)
         monkeypatch.setattr(toy, name, lambda model, idx, *more, phase=phase, **options: (
-            seen.append(idx), phase(model, idx, *more, **options))[1])
+            seen.append(idx), phases.append((model, more)), phase(model, idx, *more, **options))[2])
     for name in ("draw_attention", "draw_training"):
         monkeypatch.setattr(toy, name, lambda *_: None)
     for met in (True, False):
         monkeypatch.setattr(toy, "meets_constraint", lambda *_: met)
-        assert toy.run(types.SimpleNamespace(out=str(tmp_path), layout="reversed", seed=0, tau=1.0, gate_bias=0.0,
-                                             rate=0.1, dense_steps=2, steps=2, no_gif=True)) is met
+        assert toy.run(types.SimpleNamespace(out=str(tmp_path), layout="reversed", seed=7, tau=0.5, gate_bias=1.5,
+                                             rate=0.2, dense_steps=2, steps=3, no_gif=True)) is met
     held_out = set(map(tuple, toy.addition_data()[0][toy.split()[1]].tolist()))
     assert len(seen) == 4 and not any(held_out & set(map(tuple, rows.tolist())) for rows in seen)
+    (_, (_, *of_dense)), (model, (_, *of_sparse)) = phases[:2]
+    assert of_dense == [2, 7] and of_sparse[::2] == [3, 7] and model.h[1].attn.gate_bias.tolist() == [1.5]
+    geco = of_sparse[1]
+    assert (geco.tau, geco.rate, geco.decay, geco.lam_range) == (0.5, pytest.approx(0.4), 0.6, (0.5, 10.0))
 
 
 def test_the_slots_are_named_in_their_order():

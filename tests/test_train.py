@@ -147,10 +147,24 @@ def test_a_run_leaves_what_it_promises(finished):
     assert summary["sparse_ce"] == best["val_ce"] and summary["active_share"] == best["active"]
     assert summary["edges_per_token"] == pytest.approx(best["active"] * 2 * 2 * 17 / 2)
     assert f"{best['val_ce']:.4f}" in output and "tau 5.0000, met" in output
+    assert summary["constraint_met"] is True
     for name in ("curve.png", "edges_by_head.png", "attention.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert GPT.from_pretrained(out / "best.pt").config.gated
     assert not list(out.glob("tmp-*"))
+
+
+def test_the_report_of_a_run_that_never_met_tau(tiny, finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    base = json.loads((tmp_path / "run" / "base.json").read_text())
+    (tmp_path / "run" / "base.json").write_text(json.dumps(base | {"tau": 1.0}))
+    here(tiny, "--report", tmp_path / "run")
+    summary, rows = json.loads((tmp_path / "run" / "summary.json").read_text()), log(finished[0])
+    assert summary["constraint_met"] is False
+    assert summary["share_at_untouched_ce"] == share_at(rows, base["ce"]) != share_at(rows, 1.0)
+    last = rows[-1]
+    assert (summary["step"], summary["sparse_ce"], summary["active_share"]) == (20, last["val_ce"], last["active"])
+    assert "tau 1.0000, not met by any evaluation: the last one, step 20 of 20" in capsys.readouterr().out
 
 
 def test_the_multiplier_follows_the_formula(every_step):
@@ -185,16 +199,27 @@ def test_lambda_sees_the_kept_model_on_other_text(tiny, tmp_path, constraint):
 
 
 def test_steps_sample_gates_on_the_training_text_on_a_cosine(tiny, tmp_path, monkeypatch):
-    """Also after a look, which comes at the steps 0 and 4."""
-    seen, rates, add, step = [], [], train.add_gradient, train.optimizer_step
-    monkeypatch.setattr(train, "add_gradient", lambda forward, tokens, *rest: (
-        seen.append((forward.training, tokens)), add(forward, tokens, *rest))[1])
+    """Also after a look, which comes at the steps 0, 4 and 8. A row has the mean CE since the row before, and the
+    expected share at the last look."""
+    seen, numbers, rates, add, step = [], [], [], train.add_gradient, train.optimizer_step
+
+    def watched(forward, tokens, *rest):
+        seen.append((forward.training, tokens))
+        numbers.append(add(forward, tokens, *rest))
+        return numbers[-1]
+
+    monkeypatch.setattr(train, "add_gradient", watched)
     monkeypatch.setattr(train, "optimizer_step", lambda *args: (rates.append(args[1]), step(*args)))
     here(tiny, *options(tiny, tmp_path / "run", "--tau", "5", "--steps", "12"))
     text = splits(tiny)[0]
     assert len(seen) == 12 and all(mode and np.array_equal(tokens, text) for mode, tokens in seen)
     assert rates == pytest.approx([0.003 * min((n + 1) / 5, 0.55 + 0.45 * math.cos(math.pi * n / 12))
                                    for n in range(12)])
+    rows = log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 5, 10, 12]
+    for row, first, end in zip(rows[1:], (0, 5, 10), (5, 10, 12)):
+        assert row["train_ce"] == pytest.approx(np.mean([ce for ce, _, _ in numbers[first:end]]))
+        assert row["expected"] == pytest.approx(numbers[(end - 1) // 4 * 4][1])
 
 
 def gradients(model, tokens, step, geco=None, rank=0, **args):
@@ -233,6 +258,7 @@ def test_gates_and_geco_are_as_asked(tiny, constraint, every):
     geco = train.add_gates(model, 4.0, argparse.Namespace(
         temperature=0.4, gate_bias=0.3, gate_bias_lr=0.1, constraint=constraint, lam=0.3, rate=0.02, decay=0.9))
     assert [geco.tau, geco.lam, geco.rate, geco.decay] == pytest.approx([4, 0.3, 0.02 * every, 0.9 ** every])
+    assert geco.lam_range == (1e-3, 2.0)
     assert model.config.gated and model.config.temperature == 0.4
     assert all(b.requires_grad and b.tolist() == pytest.approx([0.3, 0.3]) for b in (
         block.attn.gate_bias for block in model.h))
@@ -373,12 +399,13 @@ def test_stopped_between_two_evaluations_it_goes_on_as_if_never_stopped(tiny, fi
 
 
 def test_two_ranks_follow_one_process(tiny, every_step):
-    """And two micro-batches one large one. Only the processes look at as many held-out windows as one with a large
-    batch."""
-    short = *OPEN, "--eval-every", "1", "--tau", "4", "--rate", "0.02", "--batch-size", "4"
-    go(tiny, *options(tiny, tiny / "two", *short),
-       launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
-    here(tiny, *options(tiny, tiny / "micro", *short, "--grad-accum", "2"), "--constraint", "sampled")
+    """With one micro-batch each, and with two, after which alone they exchange gradients. The held-out windows that
+    lambda looks at are as many only with one."""
+    short = *OPEN, "--eval-every", "1", "--tau", "4", "--rate", "0.02"
+    for folder, *more in (("two", "--batch-size", "4"),
+                          ("micro", "--batch-size", "2", "--grad-accum", "2", "--constraint", "sampled")):
+        go(tiny, *options(tiny, tiny / folder, *short, *more),
+           launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
     for constraint, folder in (("held-out", "two"), ("sampled", "micro")):
         one, other = log(every_step[constraint]), log(tiny / folder)
         assert len(one) == len(other) == 21
@@ -406,6 +433,10 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
          "--device", "cpu", "--out", control)
     assert rates[0] == pytest.approx((2e-3 / 100, 1)) and rates[20] == pytest.approx((1e-3 / 100, 5))
     assert len(rates) == 40 and all(of_scores == 1 for _, of_scores in (*rates[:20], *rates[30:]))    # dense
+    shutil.copytree(sparse / "dense", tiny / "resumed" / "dense")    # stopped at the end of the dense phase
+    here(tiny, *scratch, "--dense-steps", "20", "--steps", "10", "--out", tiny / "resumed")
+    assert len(rates) == 50 and (tiny / "resumed" / "log.csv").read_text() == (sparse / "log.csv").read_text()
+    assert GPT.from_pretrained(sparse / "dense" / "last.pt").config == GPTConfig(32, 257, 1, 2, 16)
     theirs = json.loads((control / "summary.json").read_text())
     assert theirs["control_ce"] == log(control)[-1]["val_ce"] and "sparse_ce" not in theirs
     before = (sparse / "log.csv").read_text()
@@ -416,7 +447,10 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
     assert f"dense control{log(control)[-1]['val_ce']:16.4f}" in output
     args, base = (json.loads((control / name).read_text()) for name in ("args.json", "base.json"))
     other = tiny / "other"
-    for change, of_base, message in (({"dense": False}, {}, "not --dense"), ({"lr": 0.5}, {}, "other lr"),
+    shared = {"data": "other", "seed": 5, "batch_size": 5, "grad_accum": 5, "processes": 5, "eval_windows": 5,
+              "lr": 0.5, "warmup": 5, "weight_decay": 0.5, "dtype": "bfloat16"}
+    for change, of_base, message in (({"dense": False}, {}, "not --dense"),
+                                     *(({name: value}, {}, f"other {name}\n") for name, value in shared.items()),
                                      ({"lora_rank": 8}, {}, "other lora_rank"),    # of a program with more options
                                      ({}, {"ce": 1.0}, "other untouched model"),
                                      ({}, {"block_size": 8}, "other untouched model")):
@@ -438,9 +472,14 @@ def test_scratch_control_and_report(tiny, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("weight, tau, noted", [("inf", (), True), ("inf", ("--tau", "6"), False), ("1", (), False)])
-def test_a_tau_that_a_student_does_not_reach_is_noted(tiny, tmp_path, capsys, weight, tau, noted):
+def test_the_untouched_model_is_the_teacher(tiny, tmp_path, capsys, monkeypatch, weight, tau, noted):
+    """And a tau that its student does not reach is noted."""
+    teachers, add = [], train.add_gradient
+    monkeypatch.setattr(train, "add_gradient", lambda *args: (teachers.append(args[-1]), add(*args))[1])
     here(tiny, *options(tiny, tmp_path / "run", "--distill", weight, *tau, "--steps", "1"))
     assert ("hardly gets below its CE" in capsys.readouterr().out) == noted
+    (teacher,), untouched, idx = teachers, GPT.from_pretrained(tiny / "init.pt"), torch.arange(16)[None]
+    assert not teacher.training and torch.equal(teacher(idx).logits, untouched(idx).logits)
 
 
 @pytest.mark.parametrize("weight", [0.3, math.inf])
@@ -562,6 +601,13 @@ def test_checkpoints_hold_the_averaged_weights_that_were_evaluated(tiny, finishe
     kept, windows = GPT.from_pretrained(finished[0] / "last.pt"), data.spread(splits(tiny)[1], 16, 16)
     ce, _ = train.evaluate(kept, windows, Place("cpu", "float32"), argparse.Namespace(batch_size=8))
     assert ce == pytest.approx(log(finished[0])[-1]["val_ce"], abs=1e-6)
+
+
+def test_a_run_can_be_taken_up_from_another_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny)
+    here(tiny, *options(tiny, tmp_path / "run", "--tau", "5", "--steps", "1"), "--init", "init.pt", "--data", "text.txt")
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (args["init"], args["data"]) == (str(tiny / "init.pt"), str(tiny / "text.txt"))
 
 
 def test_thresholds_are_trained_unless_their_rate_is_0_and_stay_with_the_model(tiny, tmp_path):
@@ -694,10 +740,17 @@ def test_a_sparse_model_goes_on_with_its_own_gates(tiny, capsys):
          "--init", tiny / "sparse.pt")
     base, rows = json.loads((tiny / "again" / "base.json").read_text()), log(tiny / "again")
     assert 0.3 < base["active"] < 1 and rows[0]["active"] == pytest.approx(base["active"])
+    _, active = train.evaluate(model, data.spread(splits(tiny)[1], 16, 16), Place("cpu", "float32"),
+                               argparse.Namespace(batch_size=8))
+    np.testing.assert_allclose(by_head(rows[0]), active, atol=1e-6)
+    assert active[0, 1] + 0.2 < active[1, 0]
     again = GPT.from_pretrained(tiny / "again" / "last.pt")
     assert again.config.gate_bias == 0.0
     assert [block.attn.gate_bias.tolist() for block in again.h] == [[0.5, -0.5], [0.5, -0.5]]
     assert "has gates, training goes on from them" in capsys.readouterr().out
+    here(tiny, *options(tiny, tiny / "ungated", "--steps", "1", "--dense"), "--init", tiny / "sparse.pt")
+    assert "has gates, the control drops them" in capsys.readouterr().out
+    assert [row["active"] for row in log(tiny / "ungated")] == [1, 1]
 
 
 @pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the texts lie beside the checkout in development only")
