@@ -8,8 +8,9 @@ pretrained checkpoint loads as it is. A closed gate is an exact zero: nothing fl
     A_ij ~ Bernoulli(sigmoid(g_ij))           the gate; in evaluation A_ij = 1 where g_ij > 0, else 0     (2)
     y_i  = sum_j A_ij softmax_j(s_i) v_j      softmax over all allowed keys, not renormalised             (3)
 
-The numbers of equations are ours, here and in other files. The paper writes the gate as sigmoid(q . k); its authors'
-kernel divides by sqrt(D), as we do (docs/choices.md).
+The numbers of equations are ours, here and in other files. The layer comes from SPARTAN (Lei et al. 2024, arXiv
+2411.06890). The paper writes the gate as sigmoid(q . k); its authors' kernel divides by sqrt(D), as we do
+(docs/choices.md).
 This file is the definition: plain, slow, with several T x T matrices in memory, and trusted by the tests. The model
 itself calls support/blockwise.py: the same numbers and gradients for the same gates, in memory linear in T.
 Shapes: B batch, H heads, T positions, D head size.

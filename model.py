@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
         self.gate_bias = None                                        # b (H) of a gated model: see GPT.set_gates
 
     def heads(self, x):
-        """x (B,T,C), or (B,H,T,C) with a copy for each head -> q, k, v, each (B,H,T,D)."""
+        """x (B,T,C), or for patching.py (B,H,T,C), a copy for each head -> q, k, v, each (B,H,T,D)."""
         H = self.config.n_head
         if x.ndim == 3:
             return tuple(t.unflatten(2, (H, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=2))
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
         return self.project(z), expected.mean(0), active.mean(0)     # (B,T,C), (H), (H)
 
     def score_weights(self):
-        """The trained weights that make the scores: views of the rows of q and k."""
+        """The trained weights that make the scores, views of the rows of q and k: --score-lr moves them faster."""
         rows = 2 * self.config.n_embd    # an adapter's first matrix (rank,C) has fewer
         return [p[:rows] for p in self.c_attn.parameters() if p.requires_grad and len(p) >= rows]
 
@@ -227,7 +227,7 @@ class GPT(nn.Module):
         config = make_config(cls.Config, fields, config_overrides, path)
         has_gates = any(name.endswith("gate_bias") for name in tensors)
         with torch.device("meta"):                                   # shapes only: no second copy in memory
-            model = cls(dataclasses.replace(config, gated=has_gates))
+            model = cls(dataclasses.replace(config, gated=has_gates))    # as the file is; below as asked
         tensors = {name: t.float() for name, t in tensors.items()}
         if "wpe.weight" in tensors:
             tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size].clone()

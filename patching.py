@@ -10,7 +10,8 @@ Sign: a head score above 0 moves m towards the clean run, an edge score above 0 
 positions. Gates are hard.
 
     head score             (m(patched) - m(corrupt)) / (m(clean) - m(corrupt)), one head patched       (6)
-    explained effect EE(k)  the same with the k heads that a ranking puts first, a ratio of means       (7)
+    restored effect RE(k)   the same with the k heads patched that a ranking puts first, a ratio of means   (7)
+    explained effect EE(k)  the same share in the clean run, with all heads but these k as in the corrupted one
     edge score s(u,w)       sum over positions of (out_u(clean) - out_u(corrupt)) . dm/d(in_w)          (8)
     cumulative share C(n)   sum of the n largest |s(u,w)| / sum of all                                  (9)
 
@@ -18,9 +19,8 @@ The graph has embedding, heads and MLPs as sources u, and heads, MLPs and logits
 head read through one input. A head's output is its z, the mixture of values, times its rows of the output projection,
 whose bias belongs to no head. in_w is the residual stream as w reads it, before its LayerNorm. The gradient goes
 through w only, on the corrupted run, or as a mean over runs on the way to the clean one. (8) is in the metric's units:
-a first-order estimate of what exact_edge_score measures. (7) restores k clean heads in a corrupted run. The paper's
-figures ask the other question, `metric_of_kept_heads`: k heads stay clean in a clean run, and all others write what
-they wrote in the corrupted one.
+a first-order estimate of what exact_edge_score measures. RE and EE are two questions: one head that copies a name to
+the end may restore nearly all, while to keep it alone keeps little. The paper's figures show EE, as we read them.
 
 Every function below that runs the model calls `forward`, the model's pass written out.
 Shapes: N pairs, T positions, C width, H heads, D head size, L layers, V vocabulary, S = 1 + L (H+1) sources and as
@@ -151,8 +151,8 @@ def effects(model, source, tokens, metric, choices):
     z, logits = outputs(model, source)
     m_source = metric(logits)
     m = m_source.new_empty(len(m_source), len(choices))    # a copy: what metric returns may hold on to all logits
-    for n, chosen in enumerate(tqdm(choices, desc="heads", leave=False)):
-        m[:, n] = metric(run_with_heads(model, tokens, z, chosen.to(m.device)))
+    for i, chosen in enumerate(tqdm(choices, desc="heads", leave=False)):
+        m[:, i] = metric(run_with_heads(model, tokens, z, chosen.to(m.device)))
     return m, m_source
 
 
@@ -172,7 +172,7 @@ def head_scores(model, clean, corrupt, metric):
 
 
 @torch.no_grad()
-def metric_of_first_heads(model, clean, corrupt, metric, order, counts=None):
+def metric_of_restored_heads(model, clean, corrupt, metric, order, counts=None):
     """(N,K): the metric on the corrupted run with the z of the first k heads of `order` restored, for the K values of
     counts, or for k = 0 ... L*H.
 
@@ -195,16 +195,9 @@ def rank_of(order, config):
     return order.view(-1, order.shape[-1]).argsort(-1).view(-1, config.n_layer, config.n_head)    # inverts it
 
 
-@torch.no_grad()
-def explained_effect(model, clean, corrupt, metric, order):
-    """(L*H+1): EE(k) (7), arguments as above. EE(L*H) is 1 only where the clean and the corrupted sentence share the
-    tokens at which m is read: embeddings are not patched."""
-    m = metric_of_first_heads(model, clean, corrupt, metric, order)
-    return share_of_effect(m, metric(forward(model, clean)))
-
-
 def share_of_effect(m, m_clean):
-    """(7) from what was measured: m (N,K), column 0 unpatched; m_clean (N) -> (K). Equal sentences: 0."""
+    """RE or EE (7) from what was measured: m (N,K), column 0 without any head; m_clean (N) -> (K). Equal sentences: 0.
+    RE(L*H) is 1 only where both sentences share the tokens at which m is read: embeddings are not patched."""
     m = m.mean(0)
     effect = m_clean.mean() - m[0]
     return (m - m[0]) / (effect if effect else 1)
@@ -246,12 +239,12 @@ def edge_scores(model, clean, corrupt, metric, points=1):
         with torch.enable_grad():
             m = metric(forward(model, corrupt, read, write, attend)).sum()
         if point == 0:    # the corrupted run, rounded like the clean one: equal sentences give 0
-            change = torch.cat([to_stream(model, n, after[n] - written[n]) for n in after], 1)    # (N,S,T,C)
-            N, S = change.shape[:2]
+            change = torch.cat([to_stream(model, start, after[start] - written[start]) for start in after], 1)
+            N, S = change.shape[:2]                                                  # of (N,S,T,C)
             scores = change.new_zeros(N, S, S)
         for n, grad in zip(destinations, torch.autograd.grad(m, inputs, materialize_grads=True)):
             found = torch.einsum("nstc,ndtc->nsd", change[:, :n.start], grad)        # of the sources before n
-            scores[:, :n.start, n.start - 1:n.stop - 1] += found / points
+            scores[:, :n.start, n.start - 1:n.stop - 1] += found / points    # destination d is nodes[d + 1]
     return scores
 
 

@@ -163,7 +163,8 @@ def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
             averaged.update_parameters(model)
             rows = torch.randint(len(idx), (512,), generator=look)
             seen = evaluate(averaged.module, idx[rows], targets[rows])["hard_ce"]
-            row = {"step": step, "ce": ce, "seen": seen, "lam": geco.update(seen), "c_bar": geco.average,
+            used = geco.update(seen)
+            row = {"step": step, "ce": ce, "seen": seen, "lam": used, "c_bar": geco.average,
                    "expected": share.item() * edges}
             if step % 250 == 0 or step == steps:
                 row |= evaluate(averaged.module, idx, targets)

@@ -4,7 +4,7 @@
     python train.py --init scratch --data stdlib                    a small GPT first, no network: a laptop CPU
     python train.py --resume RUN                                    go on with a run that was stopped
     python train.py --report RUN --control OTHER_RUN                table and pictures again, no training
-    torchrun --standalone --nproc_per_node=4 train.py --tau 3.3     several GPUs
+    torchrun --standalone --nproc_per_node=4 train.py --tau 3.3 --grad-accum 1    four GPUs, the same step
 
 RUN is the folder given by --out. It gets args.json (the options), base.json (the untouched model, tau), log.csv (a
 line per evaluation), last.pt (weights and the state of the training), best.pt (the sparsest evaluation whose
@@ -171,8 +171,9 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     tokens_per_step = T * args.batch_size * args.grad_accum * place.size
     interrupted = []
 
-    def finish(*_):    # Ctrl-C: finish the step, save, stop
+    def finish(*_):    # Ctrl-C: finish the step, save, stop. A second one stops at once
         interrupted.append(True)
+        signal.signal(signal.SIGINT, before)
         if place.rank == 0:
             os.write(2, b"\nthis step ends, then the run is saved\n")    # print may not be called here
 
@@ -202,7 +203,8 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
         if geco:
             if step % every == 0:
                 seen = ce if watched is None else look(averaged, watched, step // every, place, args) - shift
-                log.at_update = {"lam": geco.update(seen), "c_bar": geco.average, "expected": expected}
+                used = geco.update(seen)
+                log.at_update = {"lam": used, "c_bar": geco.average, "expected": expected}
             status += f", lam {log.at_update['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
         bar.set_postfix_str(status, refresh=False)
         bar.update(tokens_per_step)
@@ -227,8 +229,8 @@ def run(args, load, encoding_of, prepare):
         else:
             model = load(args.init, **{"block_size": args.block_size} if args.block_size else {})
             encoding = encoding_of(model)
+        prepare(model, args)
         data = load_data(args.data, encoding)
-    prepare(model, args)
     model.to(place.device).recompute = args.recompute
     T, edges = model.config.block_size, allowed_edges(model.config)
     tokens_per_step = T * args.batch_size * args.grad_accum * place.size

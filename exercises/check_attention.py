@@ -61,11 +61,12 @@ def test_a_score_has_a_gradient_through_its_gate_and_through_the_softmax(answer)
     for what, ours, rule in (("y", y, bits * scores.softmax(-1) @ v), ("expected", expected, soft.sum((-2, -1)) / 21)):
         weight = torch.randn_like(rule)
         for x, name in ((q, "q"), (k, "k"), (v, "v")):
-            found, right = (torch.autograd.grad(t, x, weight, retain_graph=True, allow_unused=True)[0] for t in (ours, rule))
+            found, right = (torch.autograd.grad(t, x, weight, retain_graph=True, allow_unused=True)[0]
+                            for t in (ours, rule))
             if right is not None:
                 assert found is not None, f"{what} has no gradient with respect to {name}"
-                same(found, right, f"the gradient of {what} with respect to {name}: from sample_gates' logit and from the "
-                     "softmax, without detach")
+                same(found, right, f"the gradient of {what} with respect to {name} comes through the gate's logit and "
+                     "through the softmax: is something detached?")
 
 
 def test_the_future_is_never_read(answer):

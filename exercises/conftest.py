@@ -51,7 +51,8 @@ def reference(name):
         return sum(torch.where(a > 0, p, 1 - p).prod() * loss(a) for a in draws)
 
     def restored(model, clean, corrupt, metric, order):
-        return patching.explained_effect(model, clean, corrupt, metric, torch.tensor(order))
+        m = patching.metric_of_restored_heads(model, clean, corrupt, metric, torch.tensor(order))
+        return patching.share_of_effect(m, metric(model(clean).logits).detach())
 
     def kept(model, clean, corrupt, metric, order):
         m = patching.metric_of_kept_heads(model, clean, corrupt, metric, torch.tensor(order))

@@ -36,7 +36,7 @@ from extras.figures import draw_carriers, draw_graphs
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
 from extras.transcoder import FREE, load_transcoder, mlp_sites
-from patching import cumulative, first_reaching
+from patching import cumulative, first_reaching, forward
 from support.data import load_data, spread
 from support.files import UserError, between, make_folder, read_json, run_command, write_json
 from toy_addition import addition_data, split as split_sums
@@ -87,14 +87,17 @@ def likeliest(model, idx):
 def largest_weights(model, tokens, counts):
     """keep (L,H,T,T), 0 or 1: in layer l query i keeps the counts[l,i] largest weights that it has in all heads, after
     the layers before have been cut so. tokens (T), counts (L,T)."""
-    L, H, T = model.config.n_layer, model.config.n_head, len(tokens)
-    keep = torch.ones(L, H, T, T)
-    for l, block in enumerate(model.h):
-        q, k, _ = block.attn.heads(block.ln_1(mlp_sites(model, tokens[None], keep=keep).before[l]))
-        by_query = block.attn.weights(q, k)[0].transpose(0, 1).flatten(1)            # (T,H*T)
+    T, keep = len(tokens), []
+
+    def attend(attn, q, k, v):
+        weights = attn.weights(q, k)                                                 # (1,H,T,T)
+        by_query = weights[0].transpose(0, 1).flatten(1)                             # (T,H*T)
         rank = by_query.argsort(1, descending=True).argsort(1)
-        keep[l] = (rank < counts[l][:, None]).view(T, H, T).transpose(0, 1)
-    return keep
+        keep.append((rank < counts[len(keep)][:, None]).view(T, -1, T).transpose(0, 1).to(weights))
+        return (keep[-1] * weights) @ v
+
+    forward(model, tokens[None], attend=attend)
+    return torch.stack(keep)
 
 
 # ---- What is measured

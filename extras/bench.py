@@ -23,7 +23,7 @@ from gates import sparse_attention
 from model import GPT, GPTConfig
 from patching import edge_scores, head_scores
 from support.blockwise import blockwise_attention
-from support.files import between, make_folder, run_command
+from support.files import UserError, between, make_folder, run_command
 from support.place import pick_device
 
 HEADS, HEAD_SIZE, TOKENS = 12, 64, 4096
@@ -151,6 +151,8 @@ def run(args):
     if device == "cuda":
         torch.set_float32_matmul_precision("high")    # as in training
     if args.plot:
+        if not args.plot.endswith(".png"):
+            raise UserError(f"{args.plot} is no name of a picture\npass one that ends in .png")
         make_folder(os.path.dirname(args.plot) or ".")
     print(torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads", end=", ")
     if args.patching:

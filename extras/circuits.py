@@ -39,7 +39,8 @@ def model_options(parser):
 def load_models(args):
     """{"dense": model, "sparse": model} on the device: two of one shape, but for the length that they read at most."""
     args.device = pick_device(args.device)
-    models = {name: load_model(getattr(args, name)).to(args.device) for name in ("dense", "sparse")}
+    models = {name: load_model(getattr(args, name)).to(args.device).requires_grad_(False)
+              for name in ("dense", "sparse")}
     check_same_shape(models, f"{args.dense} and {args.sparse}")
     return models
 
@@ -83,10 +84,8 @@ def measure(model, pairs, m_clean, m_corrupt, points, seed):
         if kind == "global":    # a mean of changes: pairs of little effect count little
             by_head, by_edge = (scores.mean(0, keepdim=True).expand_as(scores) for scores in (changes, edges))
         order = by_head.flatten(1).argsort(descending=True)
-        m = batched(P.metric_of_first_heads, model, pairs, order, counts=counts)
-        explained = P.share_of_effect(m, m_clean)
-        m = batched(P.metric_of_kept_heads, model, pairs, order, counts=counts)
-        kept_heads = P.share_of_effect(m, m[:, -1])    # no head kept: m(corrupt), as both end in the same token
+        restored, explained = (P.share_of_effect(batched(measured, model, pairs, order, counts=counts), m_clean)
+                               for measured in (P.metric_of_restored_heads, P.metric_of_kept_heads))
         shares = P.cumulative(by_edge).mean(0)[:1 + len(P.edge_names(model.config))]
         needed = P.first_reaching(shares)
         ranks = P.edge_ranks(by_edge if kind != "global" else by_edge[:1], model.config).expand_as(by_edge)
@@ -97,9 +96,9 @@ def measure(model, pairs, m_clean, m_corrupt, points, seed):
             return P.share_of_effect(torch.stack((m_corrupt, m), 1), m_clean)[1].item()
 
         by_number, enough = kept_circuits(effect_alone, len(shares) - 1, needed or 1)
-        restored, kept = (n if n is None else counts[n] for n in map(P.first_reaching, (explained, kept_heads)))
-        found |= {f"explained effect, {kind}": explained, f"heads restored, {kind}": restored,
-                  f"effect of kept heads, {kind}": kept_heads, f"heads kept, {kind}": kept,
+        few, kept = (n if n is None else counts[n] for n in map(P.first_reaching, (restored, explained)))
+        found |= {f"restored effect, {kind}": restored, f"heads restored, {kind}": few,
+                  f"explained effect, {kind}": explained, f"heads kept, {kind}": kept,
                   f"share of scores, {kind}": shares, f"edges, {kind}": needed, f"nodes of these edges, {kind}": nodes,
                   f"from head to head, {kind}": between_heads, f"kept circuit, {kind}": by_number,
                   f"effect of these edges alone, {kind}": by_number.get(needed),

@@ -57,19 +57,22 @@ def write_safetensors(tensors, path):
 
 
 def export(model, out):
-    """Write the model into the folder `out`, which must not hold one already."""
-    if not getattr(model.config, "causal", True):
+    """Write the model into the folder `out`, which must be empty."""
+    if not model.config.causal:
         raise UserError("GPT-2's layout has no place for a model without a causal mask\npass a causal one")
     make_folder(out)
-    if os.path.exists(os.path.join(out, "config.json")):
-        raise UserError(f"{out} holds a model already\npass an empty folder")
+    if os.listdir(out):
+        raise UserError(f"{out} is not empty\npass an empty folder")
     tensors, config = (to_llama_layout if isinstance(model, Llama) else to_gpt2_layout)(model)
     biases = [tensors.pop(name).tolist() for name in list(tensors) if name.endswith("gate_bias")]
     write_safetensors(tensors, os.path.join(out, "model.safetensors"))
     if biases:
         write_json(os.path.join(out, "gate_bias.json"), {"gate_bias": biases})
-    if os.path.exists(model.notes.get("tokenizer", "")):
-        shutil.copy(model.notes["tokenizer"], os.path.join(out, "tokenizer.json"))
+    tokenizer = model.notes.get("tokenizer")
+    if tokenizer and os.path.exists(tokenizer):
+        shutil.copy(tokenizer, os.path.join(out, "tokenizer.json"))
+    elif tokenizer:
+        print(f"note: {tokenizer} is gone: no tokenizer.json is written")
     write_json(os.path.join(out, "config.json"), config)    # the last file: it says that all is there
 
 

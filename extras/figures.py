@@ -33,9 +33,9 @@ def draw_heads(found, kinds, share, title, path):
         for ax, kind in zip(axes[0], kinds):
             for name, f in found.items():
                 counts = f["numbers of heads"]
-                ax.plot(counts, f[f"explained effect, {kind}"], **STYLES[name],
+                ax.plot(counts, f[f"restored effect, {kind}"], **STYLES[name],
                         label=f"{name}: restored, {share:.0%} at {f[f'heads restored, {kind}']}")
-                ax.plot(counts, f[f"effect of kept heads, {kind}"], ":" if name == "dense" else "-.", lw=1.2,
+                ax.plot(counts, f[f"explained effect, {kind}"], ":" if name == "dense" else "-.", lw=1.2,
                         color=STYLES[name]["color"],
                         label=f"{name}: kept, {share:.0%} at {f[f'heads kept, {kind}']}")
             ax.xaxis.get_major_locator().set_params(integer=True)

@@ -65,7 +65,7 @@ def true_flips(model, tokens, metric, edges):
 
 
 def run(args):
-    model = load_model(args.model)
+    model = load_model(args.model).requires_grad_(False)
     if not model.config.gated:
         raise UserError(f"{args.model} has no gates to flip\ntake a sparse model")
     tokens, _, metric = make_pairs(args.task, args.pairs, args.seed, model, template=args.template)

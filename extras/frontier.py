@@ -3,9 +3,9 @@
     python -m extras.frontier RUN RUN ... [--control DENSE_RUN ...] [--out runs/frontier]
 
 RUN is the folder of a finished sparse run of train.py; the runs differ in --tau, --lam or --seed. A dot is the run's
-last evaluation: what one gets, not the luckiest moment. Each run is compared with the control that starts from the
-same untouched model. Prints a table, writes frontier.png and frontier.json. At the end: the least edges at which any
-run was no worse than its untouched model.
+last evaluation: what one gets, not the luckiest moment. Each run is compared with the first control that fits: one of
+the same untouched model, seed, steps and so on. Prints a table, writes frontier.png and frontier.json. At the end: the
+least edges at which any run was no worse than its untouched model.
 """
 import argparse
 import os
@@ -13,19 +13,31 @@ import os
 from extras.figures import draw_frontier
 from support.files import UserError, make_folder, run_command, write_json
 from support.log import read_run, share_at
-from support.report import control_row, same_untouched
+from support.report import control_row
 
 
 def outcome(run, controls):
-    """What the table shows of one run, as a dict. controls: folders of --dense runs, one for each untouched model."""
+    """What the table shows of one run, as a dict. controls: folders of --dense runs."""
     args, base, rows = read_run(run)
     if args.dense or rows[-1]["step"] < args.steps:
         raise UserError(f"{run} is no finished sparse run: it {'has no gates' if args.dense else 'was stopped'}\n"
                         f"leave it out{'' if args.dense else ', or finish it with --resume'}")
-    fitting = [control for control in controls if same_untouched(read_run(control)[1], base)] or controls
     return {"run": run, "seed": args.seed, "tau": base.tau, "val_ce": rows[-1]["val_ce"], "active": rows[-1]["active"],
             "untouched_ce": base.ce, "share_at_untouched_ce": share_at(rows, base.ce),
-            "control_ce": control_row(args, fitting[0], base)["val_ce"] if fitting else None}
+            "control_ce": control_ce(args, controls, base)}
+
+
+def control_ce(args, controls, base):
+    """That of the first control of this run; None without controls."""
+    refused = None
+    for control in controls:
+        try:
+            return control_row(args, control, base)["val_ce"]
+        except UserError as error:
+            refused = error
+    if refused:
+        raise refused
+    return None
 
 
 def compare(args):
@@ -45,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser(usage="python -m extras.frontier RUN RUN ... [options]",
                                      description="Loss against edges over many runs: Figure 2a.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished sparse run of train.py")
-    parser.add_argument("--control", nargs="+", default=[], help="folder of a --dense run for each untouched model")
+    parser.add_argument("--control", nargs="+", default=[], help="folder of a --dense run for each model and seed")
     parser.add_argument("--out", default="runs/frontier", help="folder of the picture (default runs/frontier)")
     run_command(parser, compare)
 

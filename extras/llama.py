@@ -153,7 +153,7 @@ class Llama(GPT):
     @staticmethod
     def from_layout(tensors, hf, path, n_head=None):
         """As in GPT. Refuses what is not implemented here, by its name in config.json."""
-        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        rope = (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
         given = {key: value for key, value in hf.items() if value is not None}
         hf = {"num_key_value_heads": hf.get("num_attention_heads"), "rms_norm_eps": 1e-6,
               "rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **given}

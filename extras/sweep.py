@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -74,9 +75,19 @@ def one_run(line, folder):
 
 
 def run_all(runs, at_once):
-    """Every (command line, folder) of runs, at_once at a time."""
-    with ThreadPoolExecutor(at_once) as pool:    # after a failure or Ctrl-C, map starts no further run
-        list(tqdm(pool.map(one_run, *zip(*runs)), total=len(runs), desc="runs"))
+    """Every (command line, folder) of runs, at_once at a time. After a failure or Ctrl-C no further run starts."""
+    failed = threading.Event()
+
+    def unless_failed(line, folder):
+        if not failed.is_set():
+            try:
+                one_run(line, folder)
+            except BaseException:
+                failed.set()
+                raise
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(tqdm(pool.map(unless_failed, *zip(*runs)), total=len(runs), desc="runs"))
 
 
 def share_dense(name, found, at_once):

@@ -225,6 +225,7 @@ def make_pairs(task, n, seed, model, **options):
                             f"these have {V} tokens: take another --task")
         pairs = addition(n, seed, layout)
     elif task == "copy":
+        V = encoding_of(model).n_vocab if "tokenizer" in model.notes else V    # a model may have rows to spare
         pairs = copy(n, seed, V, min(10, (T + 1) // 2, V - 2))
     elif V != 50257 and "tokenizer" not in model.notes:
         raise UserError(f"{task} is written in GPT-2's 50257 tokens, this model has {V}\n"

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
-from support.data import batch, load_data, spread
+from support.data import batch, checked_source, load_data, spread
 from support.files import (UserError, absolute, between, explained, make_folder, read_json, replacing, run_command,
                            write_csv, write_json)
 from support.losses import cross_entropy
@@ -45,7 +45,6 @@ HELP = 1 / 32      # weight of their loss
 SAVE_EVERY = 100   # steps
 AT_ONCE = 8192     # tokens of which the quality is measured at a time
 FREE = ("out", "device", "windows")    # options that do not change what is learned
-NAMES = {*GPT2_SHA256, "stdlib", "addition"}    # of models and data; anything else that is there is a path
 WIDTH_OF_JUMP = 0.1    # of the band around its threshold in which JumpReLU has a gradient for it
 
 
@@ -59,8 +58,9 @@ class Sites(NamedTuple):
 
 @torch.no_grad()
 def mlp_sites(model, idx, mlp=None, keep=None):
-    """A run with hard gates on idx (B,T), looked at. mlp(l, x): what stands in for the MLP of layer l. keep (L,H,T,T):
-    what the weights of all edges are multiplied by, 0 or 1."""
+    """A run with hard gates on idx (B,T), looked at. mlp(l, x): what stands in for the MLP of layer l, where x is what
+    that reads (patching.forward does not show it). keep (L,H,T,T): what the weights of all edges are multiplied by, 0
+    or 1."""
     x = model.eval().embed(idx)
     sites = Sites([], [], [], [], x)
     for l, block in enumerate(model.h):
@@ -236,11 +236,12 @@ def train(model, tokens, args):
         idle = torch.where(active, 0.0, idle + 1)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             rows.append({"step": step + 1, "loss": loss.item(), "asleep": (idle > SLEEPS).float().mean().item()})
-            write_csv(os.path.join(args.out, "log.csv"), rows)
-            with replacing(path) as temporary:
+            with explained(f"cannot write {path}", "make room, or pass another --out", OSError, RuntimeError), \
+                    replacing(path) as temporary:
                 torch.save({"model": transcoder.state_dict(), "options": transcoder.options, "of": of, "step": step + 1,
                             "optimizer": optimizer.state_dict(), "rows": rows, "idle": idle, "variance": variance},
                            temporary)
+            write_csv(os.path.join(args.out, "log.csv"), rows)    # last: it follows from last.pt
     return transcoder
 
 
@@ -305,7 +306,8 @@ def quality(model, transcoder, idx, targets):
 def run(args):
     make_folder(args.out)
     options, path = dict(vars(args)), os.path.join(args.out, "args.json")
-    options |= {name: absolute(options[name], NAMES) for name in ("model", "data")}
+    options["model"] = absolute(args.model, GPT2_SHA256)
+    options["data"] = args.data if args.data == "addition" else checked_source(args.data)
     if os.path.exists(path):
         old = read_json(path)
         differ = [name for name in options if name not in FREE and old.get(name) != options[name]]

@@ -18,7 +18,7 @@ ROWS = 64              # R on a CPU, and the least on an accelerator: more compu
                        # hides, fewer needs more calls
 CELLS_CPU = 2**19      # G K R aimed at: what a CPU's cache holds, or, on an accelerator, what keeps its cores busy
 CELLS_GPU = 2**23
-SCALE = 2**-32 * (1 - 2**-23)    # from all 32-bit integers to the inside of (-1/2, 1/2)
+SCALE = 2**-32 * (1 - 2**-23)    # from all 32-bit integers to the inside of (-1/2, 1/2): float32 rounds 2^31 - 1 up
 
 
 @torch.compiler.disable    # torch.compile would unroll all blocks of all layers into one graph, for minutes

@@ -49,6 +49,8 @@ def run_command(parser, function):
         return function(args)
     except (UserError, FloatingPointError, OSError) as error:
         parser.error(str(error))
+    except torch.OutOfMemoryError as error:    # of a GPU
+        parser.error(f"{first_line(error)}\nask for less at once: docs/reading-a-run.md has a row on it")
     except KeyboardInterrupt:
         sys.exit("stopped")
 

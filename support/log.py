@@ -62,7 +62,7 @@ class Log:
 
     def write(self):
         """log.csv, and best.pt if these weights are the best so far."""
-        last = self.rows[-1]
+        last = self.rows[-1]    # after a stop between two evaluations the weights are newer
         if self.geco and last["step"] == self.step and best_row(self.rows, self.geco.tau) is last:
             save_checkpoint(self.averaged, self.path("best.pt"), step=self.step)
         write_csv(self.path("log.csv"), self.rows)

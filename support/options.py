@@ -109,6 +109,8 @@ def settle(given, more=()):
     refused = given.keys() & SCRATCH_ONLY if args.init != "scratch" else set()
     if refused:
         raise UserError(f"only --init scratch has {listed(refused)}\nleave that out, or train a model from scratch")
+    if args.compile and args.recompute:
+        raise UserError("with --recompute nearly nothing would be compiled\nleave one of the two out")
     refused = given.keys() & SPARSE_ONLY if args.dense else set()
     if refused:
         raise UserError(f"--dense is the control: it has no constraint and no gates\nleave {listed(refused)} out")

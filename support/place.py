@@ -32,8 +32,8 @@ class Place:
             torch.cuda.set_device(self.device)
         fast = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)    # from Ampere on
         self.dtype = getattr(torch, dtype or ("bfloat16" if fast else "float32"))
-        if name == "cuda" and self.dtype == torch.bfloat16:    # attention multiplies bfloat16 values in float32:
-            torch.set_float32_matmul_precision("high")         # TF32 is exact enough for them, and faster
+        if name == "cuda" and self.dtype == torch.bfloat16:    # attention multiplies in float32:
+            torch.set_float32_matmul_precision("high")         # TF32 is faster, and rounds finer than bfloat16
         if self.size > 1 and not dist.is_initialized():    # the others may wait long while rank 0 tokenises
             dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6),
                                     device_id=self.device if name == "cuda" else None)

@@ -22,14 +22,18 @@ def same_untouched(base, other):
     return abs(base.ce - other.ce) <= 1e-3 and base.block_size == other.block_size
 
 
+def option(run, name):
+    """Its value in a run. A program without an option is one that leaves it off."""
+    return getattr(run, name, None) or None
+
+
 def control_row(args, control, base):
     """The last row of a finished --dense run that differs from ours in nothing else, or a UserError.
 
     base: the facts of our untouched model."""
     theirs, their_base, rows = read_run(control)
     names = [*SHARED, *sorted((vars(args).keys() | vars(theirs).keys()) - OURS)]
-    differ = [name for name in names    # a program without an option is one that leaves it off
-              if (getattr(theirs, name, None) or None) != (getattr(args, name, None) or None)]
+    differ = [name for name in names if option(theirs, name) != option(args, name)]
     if not same_untouched(their_base, base):
         differ.append("untouched model")
     if not theirs.dense:

@@ -117,8 +117,8 @@ def test_the_command_writes_what_it_promises(layout, tmp_path, monkeypatch, caps
         change = heads * (m[name][0] - m[name][1])[usable][:, None, None]    # of m itself: small effects count little
         for kind, ranked in (("per sentence", change), ("global", change.mean(0, keepdim=True))):
             order = ranked.flatten(1).argsort(descending=True)
-            for curve, size, measured in (("explained effect", "heads restored", P.metric_of_first_heads),
-                                          ("effect of kept heads", "heads kept", P.metric_of_kept_heads)):
+            for curve, size, measured in (("restored effect", "heads restored", P.metric_of_restored_heads),
+                                          ("explained effect", "heads kept", P.metric_of_kept_heads)):
                 shares = measured(model, *part, order).mean(0)
                 shares = (shares - shares[0]) / (m[name][0][usable].mean() - shares[0])
                 np.testing.assert_allclose(f[f"{curve}, {kind}"], shares[[0, 2, 4]], atol=1e-3)

@@ -49,9 +49,13 @@ def test_what_was_exported_computes_the_same(kind, gated, tmp_path, monkeypatch,
     model.set_gates(False)
     assert not plain.config.gated
     torch.testing.assert_close(plain(idx).logits, model(idx).logits, atol=1e-6, rtol=0)
+    assert "is gone" not in capsys.readouterr().out
+    (tmp_path / "tokenizer.json").unlink()
+    export.export(model, str(tmp_path / "more"))
+    assert "tokenizer.json is gone: no tokenizer.json is written\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         export.main()
-    assert stopped.value.code == 2 and "holds a model already\npass an empty folder" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "is not empty\npass an empty folder" in capsys.readouterr().err
 
 
 def test_a_model_without_a_causal_mask_is_refused(tmp_path):

@@ -46,17 +46,19 @@ def test_runs_that_are_none_are_named(tmp_path):
             frontier.outcome(folder, [])
 
 
-def test_each_run_has_the_control_of_its_untouched_model(tmp_path, monkeypatch):
+def test_each_run_has_the_control_of_its_untouched_model_and_its_seed(tmp_path, monkeypatch):
     runs, controls = [], []
-    for name, ce in (("one", 1.6), ("other", 1.7)):
-        runs.append(a_run(tmp_path / name, [(20, ce, 0.1)]))
-        controls.append(a_run(tmp_path / f"{name}-dense", [(20, ce - 0.2, 1.0)], dense=True))
+    for name, ce, seed in (("one", 1.6, 1), ("other", 1.7, 1), ("of another seed", 1.7, 2)):
+        runs.append(a_run(tmp_path / name, [(20, ce, 0.1)], seed=seed))
+        controls.append(a_run(tmp_path / f"{name}-dense", [(20, ce - 0.2 * seed, 1.0)], dense=True, seed=seed))
         for folder in runs[-1], controls[-1]:
             facts = {"ce": ce, "tau": ce, "block_size": 8, "active": 1.0, "edges_per_token": 9.0}
             write_json(f"{folder}/base.json", facts)
     run(monkeypatch, *runs, "--control", *reversed(controls), "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "frontier.json").read_text())["runs"]
-    assert [f["control_ce"] for f in found] == pytest.approx([1.4, 1.5])
+    assert [f["control_ce"] for f in found] == pytest.approx([1.4, 1.5, 1.3])
+    with pytest.raises(UserError, match="one-dense is no control of .*other: other untouched model"):
+        frontier.outcome(runs[1], controls[:1])
 
 
 @pytest.mark.parametrize("control", [False, True])

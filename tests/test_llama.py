@@ -244,6 +244,9 @@ def test_newer_files_keep_theta_among_the_rope_parameters(tmp_path):
     logits = load_model(folder)(torch.tensor([TOKENS])).logits[0].detach().numpy()
     expected = numpy_llama(weights(CONFIG), CONFIG, TOKENS)
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    both = short | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "rope_scaling": LLAMA3}
+    read = load_model(write(tmp_path / "both", both, weights(CONFIG))).config
+    assert read.rope_theta == 100.0 and read.rope_scaling["factor"] == LLAMA3["factor"]
 
 
 def test_broken_files_are_named(tmp_path):

@@ -198,7 +198,8 @@ def test_arms_are_compared_at_a_loss_that_all_have_reached(tmp_path, monkeypatch
     printed = capsys.readouterr().out
     assert "| least edges at CE 1.6000, % | least edges at CE 1.8000, % |" in printed
     first = "| a | 1.5500 (1.5000 to 1.6000) |" + 3 * " 35.00 (20.00 to 50.00) |"
-    second = "| b | 1.6000 (1.4000 to 1.8000) | 30.00 (10.00 to 50.00) | 27.00 (20.00 to 34.00) | 14.00 (10.00 to 18.00) |"
+    second = ("| b | 1.6000 (1.4000 to 1.8000) | 30.00 (10.00 to 50.00) | 27.00 (20.00 to 34.00) | "
+              "14.00 (10.00 to 18.00) |")
     assert first in printed and second in printed
 
 

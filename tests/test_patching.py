@@ -102,7 +102,7 @@ def test_the_order_of_nodes_and_what_reads_what():
 # ---- Heads
 
 @BOTH
-def test_head_scores_and_explained_effect_by_hand(b):
+def test_head_scores_and_restored_heads_by_hand(b):
     model, (clean, corrupt, metric) = tiny(b), some_pairs()
     good = by_hand(model, clean)[1]
     m_clean, m_corrupt = (metric(by_hand(model, tokens)[0]) for tokens in (clean, corrupt))
@@ -120,7 +120,7 @@ def test_head_scores_and_explained_effect_by_hand(b):
 
     each = torch.stack([torch.randperm(6) for _ in range(3)])
     for order in (torch.tensor([4, 1, 0, 5, 3, 2]), each):
-        curve = P.explained_effect(model, clean, corrupt, metric, order)
+        curve = P.share_of_effect(P.metric_of_restored_heads(model, clean, corrupt, metric, order), m_clean)
         for k in range(7):
             first = order.expand(3, 6)[:, :k]
             m = patched(lambda node: (first == names.index(node)).any(1) if node in names else torch.zeros(3) > 0)
@@ -142,14 +142,15 @@ def test_kept_heads_by_hand(b):
             torch.testing.assert_close(m[:, k], expected.detach(), atol=1e-9, rtol=0)
         assert (m[:, 0] - m[:, -1]).abs().min() > 1e-6
         assert torch.equal(P.metric_of_kept_heads(model, clean, corrupt, metric, order, [0, 2, 5]), m[:, [0, 2, 5]])
-        every, some = (P.metric_of_first_heads(model, clean, corrupt, metric, order, counts)
+        every, some = (P.metric_of_restored_heads(model, clean, corrupt, metric, order, counts)
                        for counts in (None, [0, 2, 5]))
         assert torch.equal(some, every[:, [0, 2, 5]])
 
 
 def test_all_heads_explain_everything_where_the_last_token_is_shared():
     model, (clean, corrupt, _) = tiny(), some_pairs()
-    curve = P.explained_effect(model, clean, corrupt, lambda logits: logits[:, -1, 4], torch.randperm(6))
+    m = P.metric_of_restored_heads(model, clean, corrupt, lambda logits: logits[:, -1, 4], torch.randperm(6))
+    curve = P.share_of_effect(m, model(clean).logits[:, -1, 4])
     assert curve[0] == 0 and curve[-1].item() == pytest.approx(1, abs=1e-12)
 
 
@@ -295,8 +296,9 @@ def test_a_closed_edge_has_no_effect():
 def test_equal_sentences_have_scores_of_zero():
     model, (clean, _, metric) = tiny(ONE), some_pairs()
     assert P.head_scores(model, clean, clean, metric).eq(0).all()
-    assert P.explained_effect(model, clean, clean, metric, torch.arange(
-        model.config.n_layer * model.config.n_head)).eq(0).all()
+    for measured in (P.metric_of_restored_heads, P.metric_of_kept_heads):
+        m = measured(model, clean, clean, metric, torch.arange(6))
+        assert P.share_of_effect(m, metric(model(clean).logits)).eq(0).all()
     assert P.edge_scores(model, clean, clean, metric, 3).eq(0).all()
     assert P.exact_edge_score(model, clean, clean, metric, "embed", "m1").eq(0).all()
     assert P.cumulative(torch.zeros(2, 3, 3)).eq(0).all()
@@ -364,7 +366,7 @@ def test_the_model_is_left_as_it_was():
 
     before = state()
     for function in (P.head_scores, P.edge_scores, partial(P.exact_edge_score, source="m0", destination="a1.h2"),
-                     partial(P.explained_effect, order=torch.arange(6)),
+                     partial(P.metric_of_kept_heads, order=torch.arange(6)),
                      partial(P.kept_circuit, edges=P.edge_mask(model.config))):
         function(model, clean, corrupt, metric)
         assert state() == before

@@ -1,10 +1,13 @@
 """extras/sweep.py: every run differs in one option, and the table holds what their summaries say."""
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from extras import sweep
+from support.files import UserError
 
 
 def test_runs_differ_in_one_option_and_share_the_default(tmp_path):
@@ -98,6 +101,24 @@ def test_a_run_that_was_begun_goes_on(tmp_path, monkeypatch):
         (tmp_path / "run" / "summary.json").unlink()
     folder = str(tmp_path / "run")
     assert words == [["train.py", "--tau", "2", "--out", folder], ["train.py", "--resume", folder]]
+
+
+def test_after_a_failure_no_further_run_starts(monkeypatch):
+    """Two at a time: the first run lasts until the second has failed."""
+    begun, failing = [], threading.Event()
+
+    def run(line, _):
+        begun.append(line)
+        if line == "second":
+            failing.set()
+            raise UserError("the second failed")
+        failing.wait(10)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(sweep, "one_run", run)
+    with pytest.raises(UserError, match="the second failed"):
+        sweep.run_all([(line, "") for line in ("first", "second", "third", "fourth")], 2)
+    assert begun == ["first", "second"]
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):

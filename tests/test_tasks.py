@@ -188,6 +188,15 @@ def test_options_reach_their_task(gpt2, monkeypatch):
     assert not torch.equal(clean, tasks.make_pairs("ioi", 5, 3, model, template=None, corruption="swap")[0])
 
 
+def test_rows_that_no_token_has_are_not_copied(monkeypatch):
+    """Of a model with more rows than its tokenizer has tokens."""
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=10_000, block_size=64), notes={"tokenizer": "x"})
+    monkeypatch.setattr(tasks, "encoding_of", lambda _: SimpleNamespace(n_vocab=40))
+    assert tasks.make_pairs("copy", 50, 0, model)[0].max() < 40
+    model.notes = {}
+    assert tasks.make_pairs("copy", 50, 0, model)[0].max() > 40
+
+
 def test_select_takes_the_metric_along():
     clean, corrupt, metric = tasks.addition(40, 0)
     logits, rows = torch.randn(40, 9, 13), torch.tensor([31, 2, 2, 17])

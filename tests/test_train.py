@@ -180,9 +180,9 @@ def test_the_multiplier_follows_the_formula(every_step):
 
 @pytest.mark.parametrize("constraint", ["held-out", "training"])
 def test_lambda_sees_the_kept_model_on_other_text(tiny, tmp_path, constraint):
-    """The second look comes after the fifth step, whose averaged weights the run leaves: hard gates, on the second eight
-    windows of the split, and on held-out text less what that text is harder for the untouched model than the validation
-    text."""
+    """The second look comes after the fifth step, whose averaged weights the run leaves: hard gates, on the second
+    eight windows of the split. From held-out text's CE is taken by how much the untouched model finds it harder than
+    the validation text."""
     out = tmp_path / "run"
     here(tiny, *options(tiny, out, "--tau", "5", "--gate-bias", "0", "--eval-every", "1"),
          "--constraint", constraint, "--steps", "5", "--decay", "0")
@@ -355,9 +355,10 @@ name, count, how = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])
 replace = os.replace
 def stopping(source, target):
     global count
-    count -= os.path.basename(target) == name
-    if not count:
-        os.kill(os.getpid(), how)
+    if os.path.basename(target) == name:
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), how)
     replace(source, target)
 os.replace, sys.argv = stopping, sys.argv[3:]
 import train
@@ -396,6 +397,16 @@ def test_stopped_between_two_evaluations_it_goes_on_as_if_never_stopped(tiny, fi
     monkeypatch.undo()
     here(tiny, "--resume", tmp_path / "run")
     assert (tmp_path / "run" / "log.csv").read_text() == (finished[0] / "log.csv").read_text()
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path, monkeypatch):
+    def interrupted(*_):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "add_gradient", interrupted)
+    with pytest.raises(SystemExit, match="^stopped$"):
+        here(tiny, *options(tiny, tmp_path / "run", "--tau", "5"))
 
 
 def test_two_ranks_follow_one_process(tiny, every_step):
@@ -605,7 +616,8 @@ def test_checkpoints_hold_the_averaged_weights_that_were_evaluated(tiny, finishe
 
 def test_a_run_can_be_taken_up_from_another_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny)
-    here(tiny, *options(tiny, tmp_path / "run", "--tau", "5", "--steps", "1"), "--init", "init.pt", "--data", "text.txt")
+    here(tiny, *options(tiny, tmp_path / "run", "--tau", "5", "--steps", "1"),
+         "--init", "init.pt", "--data", "text.txt")
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (args["init"], args["data"]) == (str(tiny / "init.pt"), str(tiny / "text.txt"))
 
@@ -652,6 +664,7 @@ def test_another_loader_brings_its_options(tiny, tmp_path, monkeypatch):
     (["--resume", "ADAPTED"], "--lora-rank, which this program does not know\nresume it with the program"),
     (["--resume", "WHOLE", "--steps", "7"], "goes on with the options of its run"),
     (["--resume", "WHOLE", "--steps", "5000"], "goes on with the options of its run"),    # the default, but given
+    (["--compile", "--recompute"], "nearly nothing would be compiled\nleave one of the two out"),
     (["--lora-rank", "8"], "unrecognized arguments: --lora-rank 8"),
     (["--score-lr", "-1"], "-1 is not between"),
     (["--layers", "3"], "error: only --init scratch has --layers"),
@@ -700,6 +713,17 @@ def test_a_step_that_would_break_the_weights_is_not_made(tiny, tmp_path, monkeyp
     assert stop.value.code == 2 and "its gradient inf at step 7\nstart anew" in capsys.readouterr().err
     weights = GPT.from_pretrained(tmp_path / "run" / "last.pt").state_dict()
     assert all(t.isfinite().all() for t in weights.values()) and len(log(tmp_path / "run")) == 2
+
+
+def test_a_gpu_whose_memory_is_full_is_no_traceback(tiny, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr(train, "add_gradient", full)
+    with pytest.raises(SystemExit) as stop:
+        here(tiny, *options(tiny, tmp_path / "run", "--tau", "5"))
+    told = capsys.readouterr().err.partition("error: ")[2].splitlines()
+    assert stop.value.code == 2 and len(told) == 2 and told[0].endswith("Tried to allocate 2.00 GiB")
 
 
 def test_another_number_of_processes_is_refused(tiny, finished, tmp_path, capsys):

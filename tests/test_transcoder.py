@@ -195,6 +195,12 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, tmp_path, monkeypatch,
         command(tiny, monkeypatch, tmp_path / "parts", *one)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     command(tiny, monkeypatch, tmp_path / "parts", *one)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("file write failed\nC++ trace")))
+    with pytest.raises(SystemExit) as stopped:
+        command(tiny, monkeypatch, tmp_path / "full", *one)
+    told = capsys.readouterr().err.partition("error: ")[2]
+    assert stopped.value.code == 2 and "last.pt: file write failed\nmake room" in told and "C++" not in told
+    assert not (tmp_path / "full" / "log.csv").exists()
     for name in ("log.csv", "summary.json"):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
     ours, theirs = (X.read(tmp_path / name / "last.pt", GPT.from_pretrained(tiny / "model.pt"), "cpu")["idle"]
