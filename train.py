@@ -20,7 +20,6 @@ import argparse
 import copy
 import math
 import os
-import signal
 import sys
 from contextlib import nullcontext
 
@@ -160,6 +159,7 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     train_tokens, val_tokens, constraint_tokens = data
     watched = {"held-out": constraint_tokens, "training": train_tokens, "sampled": None}[args.constraint]
     T, steps, every = model.config.block_size, args.steps, look_every(args)
+    windows = spread(val_tokens, T, args.eval_windows)
     optimizer, scores = adamw(model, args), [p for block in model.h for p in block.attn.score_weights()]
     averaged = twin(model)
     log = Log(out, model, averaged, optimizer, geco)
@@ -169,47 +169,38 @@ def fit(model, data, out, place, args, geco=None, teacher=None, shift=0.0):
     forward = torch.compile(model) if args.compile else model
     forward = DistributedDataParallel(forward) if place.size > 1 else forward
     tokens_per_step = T * args.batch_size * args.grad_accum * place.size
-    interrupted = []
-
-    def finish(*_):    # Ctrl-C: finish the step, save, stop. A second one stops at once
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, before)
-        if place.rank == 0:
-            os.write(2, b"\nthis step ends, then the run is saved\n")    # print may not be called here
-
-    before = signal.signal(signal.SIGINT, finish)
     bar = tqdm(total=steps * tokens_per_step, initial=log.step * tokens_per_step, unit=" tokens", unit_scale=True,
                desc="sparse" if geco else "dense ", disable=place.rank > 0)
     model.train()
-    for step in range(log.step, steps + 1):    # once more than there are steps, to evaluate the last
-        recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
-        if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
-            log.add(step * tokens_per_step, *evaluate(averaged, spread(val_tokens, T, args.eval_windows), place, args))
-        if place.any(interrupted):
-            stop(log, place, args)
-        if step == steps:
-            break
-        ce, expected, sampled = add_gradient(forward, train_tokens, T, step, place, args, geco, teacher)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        if not (math.isfinite(ce) and math.isfinite(norm)):
-            raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\n"
-                                     "start anew in another --out, with a lower --lr (of the dense phase: --dense-lr)")
-        warm, cosine = (step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        optimizer_step(optimizer, args.lr * min(warm, cosine), scores, args.score_lr if geco else 1)
-        average(averaged, model, step)
-        log.step = step + 1
-        log.recent.append(ce)
-        status = f"step {log.step} of {steps}, CE {ce:.3f}"
-        if geco:
-            if step % every == 0:
-                seen = ce if watched is None else look(averaged, watched, step // every, place, args) - shift
-                used = geco.update(seen)
-                log.at_update = {"lam": used, "c_bar": geco.average, "expected": expected}
-            status += f", lam {log.at_update['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
-        bar.set_postfix_str(status, refresh=False)
-        bar.update(tokens_per_step)
+    with place.ctrl_c() as interrupted:
+        for step in range(log.step, steps + 1):    # once more than there are steps, to evaluate the last
+            recorded = bool(log.rows) and log.rows[-1]["step"] == step           # before the run was stopped
+            if place.rank == 0 and (step % args.eval_every == 0 or step == steps) and not recorded:
+                log.add(step * tokens_per_step, *evaluate(averaged, windows, place, args))
+            if place.any(interrupted):
+                stop(log, place, args)
+            if step == steps:
+                break
+            ce, expected, sampled = add_gradient(forward, train_tokens, T, step, place, args, geco, teacher)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            if not (math.isfinite(ce) and math.isfinite(norm)):
+                raise FloatingPointError(f"the cross-entropy is {ce} and its gradient {norm} at step {step}\nstart anew"
+                                         " in another --out, with a lower --lr (of the dense phase: --dense-lr)")
+            warm, cosine = (step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps)
+            optimizer_step(optimizer, args.lr * min(warm, cosine), scores, args.score_lr if geco else 1)
+            average(averaged, model, step)
+            log.step = step + 1
+            log.recent.append(ce)
+            status = f"step {log.step} of {steps}, CE {ce:.3f}"
+            if geco:
+                if step % every == 0:
+                    seen = ce if watched is None else look(averaged, watched, step // every, place, args) - shift
+                    used = geco.update(seen)
+                    log.at_update = {"lam": used, "c_bar": geco.average, "expected": expected}
+                status += f", lam {log.at_update['lam']:.3g}, expected {expected:.2%}, sampled {sampled:.2%}"
+            bar.set_postfix_str(status, refresh=False)
+            bar.update(tokens_per_step)
     bar.close()
-    signal.signal(signal.SIGINT, before)
     model.load_state_dict(averaged.state_dict())
 
 

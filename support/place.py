@@ -1,6 +1,7 @@
 """Where a process computes: alone, or as one of several that torchrun started."""
 import contextlib
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -52,6 +53,23 @@ class Place:
     def any(self, here):
         """Is `here` true on any rank?"""
         return self.mean(bool(here))[0] > 0
+
+    @contextlib.contextmanager
+    def ctrl_c(self):
+        """A list that gets its first entry at Ctrl-C, so that a step can end. A second Ctrl-C stops at once."""
+        pressed, before = [], signal.getsignal(signal.SIGINT)
+
+        def note(*_):
+            pressed.append(True)
+            signal.signal(signal.SIGINT, before)
+            if self.rank == 0:
+                os.write(2, b"\nthis step ends, then the run is saved\n")    # print may not be called here
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield pressed
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def wait(self):
         """Until all ranks are here."""

@@ -84,10 +84,9 @@ def here(tiny, *args, pictures=False):
             for name in () if pictures else ("draw_curve", "draw_heads", "draw_attention"):
                 patch.setattr(report, name, lambda *_, **__: None)
             train.main()
-            assert signal.getsignal(signal.SIGINT) is ctrl_c
     finally:
         torch.set_num_threads(threads)
-        signal.signal(signal.SIGINT, ctrl_c)    # a run that failed leaves its own
+        assert signal.getsignal(signal.SIGINT) is ctrl_c
 
 
 def log(out):
@@ -312,7 +311,7 @@ def test_bfloat16_is_computed_in_bfloat16(tiny, tmp_path):
               lambda place: train.add_gradient(model, tokens, 16, 0, place, args, None, None)[0]):
         exact, rounded = (f(Place("cpu", dtype)) for dtype in ("float32", "bfloat16"))
         assert rounded != exact and rounded == pytest.approx(exact, abs=0.05)
-    before = signal.signal(signal.SIGINT, lambda *_: None)    # which the run puts back: `here` looks
+    before = signal.signal(signal.SIGINT, lambda *_: None)    # another handler than Python's: `here` looks for it
     here(tiny, *options(tiny, tmp_path / "run", "--tau", "5", "--steps", "2", "--dtype", "bfloat16"))
     signal.signal(signal.SIGINT, before)
 
