@@ -7,6 +7,7 @@ from model import GPT, GPTConfig
 def same(found, expected, hint, **tolerance):
     """Tensors that must be equal up to the rounding of the coarser one; if they are not, comes the hint, and then torch
     says where."""
+    __tracebackhide__ = True    # pytest names the line of the check, not this one
     torch.testing.assert_close(found, expected, check_dtype=False, msg=lambda text: f"{hint}\n{text}", **tolerance)
 
 

@@ -1,4 +1,4 @@
-"""3. The sparse attention layer (30 minutes)
+"""3. The sparse attention layer (40 minutes)
 
     s_ij = q_i . k_j / sqrt(D)
     A_ij ~ Bernoulli(sigmoid(s_ij + b))         exercise 1: from exercises.gate import sample_gates
@@ -13,7 +13,8 @@ Question: why is a closed edge different from an edge with a tiny weight? Which 
 
 
 def sparse_attention(q, k, v, gate_bias, causal=True, sample=False):
-    """q, k, v (B,H,T,D) -> y (B,H,T,D), expected share (B,H), active share (B,H): the open gates of this very pass.
+    """q, k (B,H,T,D), v (B,H,T,any) -> y, as wide as v; expected share (B,H); active share (B,H): the open gates of
+    this very pass.
 
     gate_bias: b, a number, or a tensor with one element. sample: that of sample_gates, False is A = [s + b > 0].
     """

@@ -1,8 +1,8 @@
 """7. Attribution patching: scores from one gradient, true effects, and the hard gate at which they part (60 minutes)
 
 Patching every edge for real costs a run each. Attribution patching takes the first-order estimate instead: for a head,
-    s(head) = sum over positions of (z(clean) - z(corrupt)) . dm/dz, the gradient taken on the corrupted run,
-which costs two runs and one backward pass for all heads together. Part one: write it.
+    s(head) = sum over positions of (z(clean) - z(corrupt)) . dm/dz, the gradient taken on the corrupted run.
+This costs two runs and one backward pass for all heads together. Part one: write it.
 
 Part two: where it fails. A head whose output opens a gate elsewhere has an effect, but a hard gate has no gradient.
 (The straight-through gradient of exercise 1 is for training; `patching.edge_scores` takes gates as constants.) Find the
@@ -23,7 +23,7 @@ def head_attribution(model, clean, corrupt, metric):
 
 
 def missed_edges(model, clean, corrupt, metric, small):
-    """The set of edges (source, destination), by name, that attribution calls nothing (mean |score| below small) though
-    patching them for real matters (mean |change of the metric| above 10 times small). Means are over the N pairs. The
-    model has gates, or none."""
+    """The set of edges (source, destination), by name, whose mean |score| is below small, but whose mean |change of the
+    metric|, when they are patched for real, is above 10 times small. Means are over the N pairs. The model has gates,
+    or none."""
     raise NotImplementedError

@@ -56,7 +56,8 @@ SHARES = "the edge is right, its shares are not: a carry is a sum of units from 
 def test_the_edge_is_found(answer, edge):
     idx, (train_rows, held_out) = addition_data()[0], split()
     found, *shares = answer.find_carry_edge(Sums(*edge), idx, train_rows, held_out)
-    assert found == edge, "open is a weight above 0, however small; the tens slot is row 7; over layers, heads and keys"
+    assert found == edge, \
+        "open is a weight above 0, however small; the tens slot is row T - 2; over layers, heads and keys"
     assert shares == [1.0, 0.0], SHARES
 
 

@@ -51,9 +51,10 @@ def test_without_noise_the_gradient_is_that_of_the_sigmoid(answer):
 @pytest.mark.parametrize("u", [0.0, 1.0])
 def test_extreme_draws_do_no_harm(answer, monkeypatch, u):
     monkeypatch.setattr(torch, "rand_like", lambda x, **_: torch.full_like(x, u))
-    logits = torch.tensor([-1.0, 2.0, -math.inf], requires_grad=True)
+    logits = torch.tensor([-1.0, 2.0, -math.inf, math.inf], requires_grad=True)
     gates = answer.sample_gates(logits, sample=True)
     assert gates.requires_grad, "the bit has no gradient"
     gates.sum().backward()
-    assert gates[2] == 0 and gates.isfinite().all() and logits.grad.isfinite().all(), \
-        f"u = {u} makes log(u / (1 - u)) infinite, and inf - inf is nan: keep u away from 0 and 1"
+    assert gates[2] == 0 and gates[3] == 1 and gates.isfinite().all() and logits.grad.isfinite().all(), \
+        f"u = {u} makes log(u / (1 - u)) infinite, and inf - inf is nan: keep u away from 0 and 1 (in float32 " \
+        "1 - 1e-8 is 1)"

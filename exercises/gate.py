@@ -8,7 +8,7 @@ n = log(u / (1 - u)), and use
 
 Questions to think about before you write: why is P(g + n > 0) = sigmoid(g)? Detaching a tensor keeps its value and
 drops its gradient: how do you add and subtract such tensors to get one with a hard value and a soft gradient? What
-would happen at u = 0?
+would happen at u = 0, or at u = 1, which rounding may give?
 """
 import torch
 
@@ -17,6 +17,6 @@ def sample_gates(g, sample):
     """Gates, exactly 0.0 or 1.0, shaped like g, with the gradient of sigmoid(g + n).
 
     sample: draw the noise n with torch.rand_like(g) (True), or take none, so that A = [g > 0] (False). A g of -inf is a
-    gate that is always closed. Nothing may become inf or nan, whatever is drawn.
+    gate that is always closed, inf one that is always open. Nothing may become nan, whatever is drawn.
     """
     raise NotImplementedError

@@ -5,9 +5,9 @@ open where g > 0. Take a loss that is a function of the gates alone, and compare
     hard       the loss of the hard gates
     expected   the mean of the loss over all draws, each weighted by its probability
 
-Before you write: a task needs two edges, and the loss is 1 nat if one of them is closed, else 0. Both gates have g = 4.
-What is `hard`, and what is `expected`? With tau = 0.01, does lambda rise or fall if it sees `hard`, and if it sees
-`expected`? At which g would it stop rising? Which of the two numbers belongs to the model that you will use?
+Before you write: a task needs two edges, and the loss is 1 nat if at least one is closed, else 0. Both gates have
+g = 4. What is `hard`, and what is `expected`? With tau = 0.01, does lambda rise or fall if it sees `hard`, and if it
+sees `expected`? At which g would it stop rising? Which of the two numbers belongs to the model that you will use?
 """
 
 

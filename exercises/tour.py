@@ -50,11 +50,13 @@ def show_row(model, idx, keys):
     say("2. What does the tens slot look at? Its score for each key, in layer 0", row("key", keys, "{:>8}"),
         row("score s", scores, "{:8.2f}"), quote("gates.py", "scores = q.to"))
     torch.manual_seed(0)
-    draws = [sample_gates(g, sample=True) for _ in range(3)]
+    draws = torch.stack([sample_gates(g, sample=True) for _ in range(3)])
+    agree = (draws == draws[0]).all(0).sum()
     say(f"3. Each edge has a gate, open with probability sigmoid(s + b), b = {b[0]:.2f}. Training draws it",
         row("probability", g.sigmoid()), *(row(f"draw {n}", draw) for n, draw in enumerate(draws, 1)),
         quote("gates.py", "g = g + torch.logit"),
-        "    After training most gates are sure, so the draws agree. Eight draws of one that is not, s + b = 0.5:",
+        f"    The draws agree at {agree} of {len(g)} keys. A gate whose probability is near 0 or 1 is sure. Eight "
+        "draws of one that is not, s + b = 0.5:",
         row("gate", sample_gates(torch.full((8,), 0.5), sample=True)),
         "    The gradient is the sigmoid's, although the value is a bit:", quote("gates.py", "return hard + "))
     hard = sample_gates(g, sample=False)
@@ -89,9 +91,10 @@ def show_lambda(log, tau):
     low, high = toy_geco(tau).lam_range
     with open(log, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    chosen = rows[::max(1, len(rows) // 8)]
-    say(f"7. How it was trained. lambda, from {low:g} to {high:g}, rises while the CE of the kept model is above tau, "
-        f"{tau:g} nats, and falls below it", f"    {'step':>6}{'CE':>10}{'lambda':>10}{'edges per sum':>15}",
+    chosen = [*rows[:-1:max(1, len(rows) // 8)], rows[-1]]
+    say("7. How it was trained. lambda rises while the CE of the averaged weights, with hard gates, is above tau, "
+        f"{tau:g} nats, and falls below it; at the ends of its range, {low:g} and {high:g}, it stays",
+        f"    {'step':>6}{'CE':>10}{'lambda':>10}{'edges per sum':>15}",
         *(f"    {r['step']:>6}{float(r['seen']):10.4f}{float(r['lam']):10.4f}{float(r['active']):15.2f}"
           for r in chosen),
         quote("geco.py", "self.average = self.decay"), quote("geco.py", "self.log_lam = min("),
@@ -134,9 +137,9 @@ def tour(args):
     show_carry(sparse, args.a, args.b)
     show_lambda(paths[2], read_json(paths[3])["tau"])
     path = os.path.join(args.run, "tour.png")
-    draw(dense, sparse, idx, question, f"{args.a} + {args.b}: the gates of layer 0 (steps 2 to 5), and all attention "
+    draw(dense, sparse, idx, question, f"{args.a} + {args.b}: the gates of layer 0 (steps 3 to 5), and all attention "
          "before and after training with gates", path)
-    print(f"\nThe steps 2 to 6 are drawn in {path}, step 7 in training.png beside it.")
+    print(f"\nSteps 3 to 5 and all attention of this sum are drawn in {path}, step 7 in training.png beside it.")
 
 
 def main():

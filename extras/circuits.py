@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import patching as P
-from extras.figures import draw_circuits, draw_edges, draw_heads
+from extras.figures import draw_circuits, draw_edges, draw_head_effects
 from extras.llama import load_model
 from extras.tasks import TASKS, make_pairs, select
 from support.files import UserError, between, make_folder, run_command, write_json
@@ -223,7 +223,7 @@ def compare(args):
 
 def draw(found, config, title, out):
     """heads.png and edges.png, and in circuit.png the edges that hold SHARE of the mean |scores|."""
-    draw_heads(found, KINDS, P.SHARE, title, os.path.join(out, "heads.png"))
+    draw_head_effects(found, KINDS, P.SHARE, title, os.path.join(out, "heads.png"))
     draw_edges(found, KINDS, P.SHARE, title, os.path.join(out, "edges.png"))
     scores = {name: f["edge scores"] * (P.edge_ranks(f["edge scores"], config) < (f["edges, global"] or 0))
               for name, f in found.items()}                                                      # (S,S) each

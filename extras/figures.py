@@ -26,7 +26,7 @@ def picture(path, title, rows, columns, size, **options):
     save(figure, path)
 
 
-def draw_heads(found, kinds, share, title, path):
+def draw_head_effects(found, kinds, share, title, path):
     """Figure 3: the effect of the first k heads, restored in a corrupted run, or (thin) kept in a clean one. found:
     what `measure` of extras/circuits.py makes, by model."""
     with picture(path, title, 1, 2, (11, 4.5), sharey=True) as axes:

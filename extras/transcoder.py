@@ -319,8 +319,8 @@ def run(args):
     write_json(path, options)    # last: after an error above, the corrected command can use the same folder
     transcoder = train(model, tokens, args)
     found = quality(model, transcoder, *(t.to(args.device) for t in unseen))
-    explained = "  ".join(f"{x:.3f}" for x in found["explained"])
-    print(f"explained variance by layer    {explained}\n"
+    by_layer = "  ".join(f"{x:.3f}" for x in found["explained"])
+    print(f"explained variance by layer    {by_layer}\n"
           f"active features                {found['active']:.1f} of {args.features} a token and layer, "
           f"{found['dead']:.1%} never\n"
           f"CE of the model                {found['ce']:.4f}\n"

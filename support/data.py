@@ -4,17 +4,19 @@
     idx, targets = batch(train, T=1024, first=0, count=16, seed=0)
 
 A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, each goes to one of three
-splits as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split. train is what the
-weights learn, constraint is what lambda looks at, and val is looked at by neither: it is for the report.
+splits as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split. (A .bin of tokens
+is cut in two places, each moved to the next end of a document.) train is what the weights learn, constraint is what
+lambda looks at, and val is looked at by neither: it is for the report.
 """
 import ast
 import lzma
 import os
+import platform
 import re
 import shutil
-import sys
 import sysconfig
 import tarfile
+import uuid
 import zlib
 from contextlib import ExitStack
 from functools import lru_cache
@@ -28,7 +30,8 @@ from tqdm import tqdm
 
 from support.files import UserError, explained, fetch
 
-OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"
+OPENWEBTEXT = ("https://huggingface.co/datasets/Skylion007/openwebtext/resolve/"    # this revision has the archives
+               "f3808c30e817981b845ec549c43e82bb467d8144/subsets/urlsf_subset{:02d}.tar")
 OFFLINE = ("without network: --data PATH (a .txt, a folder of them, a .bin of tokens), or\n"
            "python train.py --init scratch --data stdlib")
 NAMES = r"stdlib|openwebtext(?:-(\d+))?"
@@ -98,6 +101,8 @@ def checked_source(source):
         return source
     if not os.path.exists(source):
         raise UserError(f"no such data: {source}\nexpected openwebtext[-N], stdlib or a path")
+    if not os.path.isdir(source) and not source.endswith((".txt", ".bin")):
+        raise UserError(f"{source} is no text\nexpected a .txt, a folder of them, or a .bin of tokens")
     return os.path.abspath(source)
 
 
@@ -106,6 +111,8 @@ def load_data(source, encoding):
     source, cache = checked_source(source), Path(torch.hub.get_dir(), "sparse-attention-data")
     if source.endswith(".bin"):
         tokens = read_tokens(source, encoding)
+        if tokens.dtype == np.uint16 and tokens[:2000:2].any() and not tokens[1:2000:2].any():
+            raise UserError(f"in {source} every other token is 0: are its integers wider?\nwrite them as uint16")
         if tokens.max() >= encoding.n_vocab:
             raise UserError(f"{source} holds token {tokens.max()}, outside the model's vocabulary of "
                             f"{encoding.n_vocab}\npass data that was tokenised for this model")
@@ -116,7 +123,7 @@ def load_data(source, encoding):
         return tuple(np.split(tokens, cuts))
 
     if source == "stdlib":
-        documents, key = docstrings, f"stdlib-{sys.version_info.major}.{sys.version_info.minor}"
+        documents, key = docstrings, f"stdlib-{platform.python_version()}"
     elif match := re.fullmatch(NAMES, source):
         url = OPENWEBTEXT.format(int(match[1] or 0))
         archive = fetch(url, cache / url.rpartition("/")[2], OFFLINE)
@@ -135,9 +142,9 @@ def archived_texts(path):
     """The .txt files of an archive and of the archives inside it, in order, read as a stream."""
     def walk(tar):
         for member in tar:
-            if member.name.endswith(".txt"):
+            if member.isfile() and member.name.endswith(".txt"):
                 yield tar.extractfile(member).read().decode("utf-8", errors="replace")
-            elif member.name.endswith(".xz"):
+            elif member.isfile() and member.name.endswith(".xz"):
                 with tarfile.open(fileobj=tar.extractfile(member), mode="r|xz") as inner:
                     yield from walk(inner)
 
@@ -178,10 +185,9 @@ def token_type(encoding):
 def tokenise(documents, encoding, folder):
     """Write a file for each split into the folder, all at once or not at all. A document's checksum says where it goes,
     so that a text that comes twice cannot be in two of them."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    counts = [0, 0, 0]
+    temporary, counts = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp"), [0, 0, 0]
+    temporary.mkdir(parents=True)
     try:
-        temporary.mkdir(parents=True)
         with ExitStack() as stack:
             files = [stack.enter_context(open(temporary / f"{split}.bin", "wb")) for split in SPLITS]
             bar = stack.enter_context(tqdm(unit=" documents", desc=f"tokenising {folder.name}"))
@@ -195,8 +201,11 @@ def tokenise(documents, encoding, folder):
         if not all(counts):
             raise UserError(f"{sum(counts)} documents are too few to hold out two in {HELD_OUT}\n"
                             "put more .txt files into a folder, or two blank lines between documents")
-        if not folder.exists():    # another run may have made the same one meanwhile
+        try:
             os.replace(temporary, folder)
+        except OSError:
+            if not folder.exists():    # else another run has made the same one meanwhile
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

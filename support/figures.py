@@ -4,7 +4,7 @@ Colours are told apart in greyscale too: lines differ in style, maps go from whi
 """
 import numpy as np
 from matplotlib.animation import PillowWriter
-from matplotlib.figure import Figure    # pyplot would need a screen, or its settings changed for all who use it
+from matplotlib.figure import Figure    # pyplot would choose a screen for the whole process, and keep each figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
@@ -135,12 +135,14 @@ def draw_curve(rows, lines, tau, path):
     figure = Figure((7, 4.5), layout="constrained")
     ax = figure.subplots()
     share = [100 * row["active"] for row in rows]
-    ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training")
+    ax.semilogx(share, [row["val_ce"] for row in rows], "-o", ms=3, lw=1, label="sparse, hard gates, over training",
+                nonpositive="mask")
     ax.annotate("gates switched on", (share[0], rows[0]["val_ce"]), textcoords="offset points", xytext=(-8, 8),
                 ha="right")
     for name, ce, active in lines:
         marker = {"untouched": "s", "dense control": "D", "sparse": "*"}[name]
-        ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none", label=f"{name}: {ce:.3f}")
+        ax.plot(100 * active, ce, marker, color="k", ms=9, ls="none",
+                label=f"{name}: {ce:.3f}" + " (no edges)" * (active == 0))
     ax.axhline(tau, color="C3", ls="--", lw=1, label=f"tau = {tau:.3f}")
     ax.margins(y=0.12)    # room for the note at the top
     ax.set(xlabel="active edges (% of the allowed ones, log axis)", ylabel="validation cross-entropy (nats per token)",

@@ -2,14 +2,17 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import http.client
 import json
 import os
+import shutil
 import sys
 import tempfile
 import urllib.request
 
 import torch
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -88,7 +91,7 @@ def write_json(path, content, indent=1):
 
 def read_json(path):
     """The JSON object in a file, a dict."""
-    with explained(f"cannot read {path}", "pass a path at which this file is whole", OSError, ValueError):
+    with explained(f"cannot read {path}", "pass a path with an undamaged file", OSError, ValueError):
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if not isinstance(content, dict):
@@ -108,14 +111,18 @@ def fetch(url, path, advice, sha256=None):
     """path, downloaded from url if it is not there yet. advice: what to do if that fails."""
     if os.path.exists(path):
         return path
-    failures = OSError, http.client.HTTPException, RuntimeError    # RuntimeError: wrong hash
-    with explained(f"cannot download {url}", advice, *failures):
+    with explained(f"cannot download {url}", advice, OSError, http.client.HTTPException):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=60) as response, replacing(path) as temporary:
             size = int(response.headers.get("Content-Length") or 0)
-        with replacing(path) as temporary:
-            torch.hub.download_url_to_file(url, temporary, hash_prefix=sha256)
-            if size and os.path.getsize(temporary) != size:    # torch.hub takes a broken connection for the end
+            with (open(temporary, "wb") as file, tqdm.wrapattr(
+                    response, "read", total=size or None, desc=os.path.basename(path)) as body):
+                shutil.copyfileobj(body, file)
+            if size and os.path.getsize(temporary) != size:    # a broken connection looks like the end
                 raise OSError(f"it ended after {os.path.getsize(temporary)} of {size} bytes")
+            with open(temporary, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if sha256 and found != sha256:
+                raise OSError(f"invalid hash value (expected {sha256}, got {found})")
     return path

@@ -36,9 +36,8 @@ class Log:
 
     def mend(self):
         """After a kill: delete half-written files, and write those that last.pt is ahead of."""
-        for name in ("last.pt", "best.pt", "log.csv"):
-            for leftover in Path(self.out).glob(f"tmp-*-{name}"):
-                leftover.unlink()
+        for leftover in Path(self.out).glob("tmp-[0-9]*-*"):
+            leftover.unlink()
         if self.rows:
             self.write()
 

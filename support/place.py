@@ -15,7 +15,7 @@ def pick_device(name=None):
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or ("cuda" if here["cuda"] else "cpu")
     if not here[name]:
-        raise UserError(f"this machine has no {name}\npass --device cpu")
+        raise UserError(f"PyTorch finds no {name} here\npass --device cpu")
     if name == "mps":
         print("warning: PyTorch has computed wrong results on mps before: compare a few numbers with --device cpu")
     return name

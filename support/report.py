@@ -17,24 +17,15 @@ SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eva
 OURS = {"processes", *defaults()}
 
 
-def same_untouched(base, other):
-    """Are these the facts of one untouched model, read at one length?"""
-    return abs(base.ce - other.ce) <= 1e-3 and base.block_size == other.block_size
-
-
-def option(run, name):
-    """Its value in a run. A program without an option is one that leaves it off."""
-    return getattr(run, name, None) or None
-
-
 def control_row(args, control, base):
     """The last row of a finished --dense run that differs from ours in nothing else, or a UserError.
 
     base: the facts of our untouched model."""
     theirs, their_base, rows = read_run(control)
-    names = [*SHARED, *sorted((vars(args).keys() | vars(theirs).keys()) - OURS)]
-    differ = [name for name in names if option(theirs, name) != option(args, name)]
-    if not same_untouched(their_base, base):
+    mine, other = vars(args), vars(theirs)
+    names = [*SHARED, *sorted((mine.keys() | other.keys()) - OURS)]
+    differ = [n for n in names if (mine.get(n) or None) != (other.get(n) or None)]    # an option it lacks is off
+    if abs(base.ce - their_base.ce) > 1e-3 or base.block_size != their_base.block_size:
         differ.append("untouched model")
     if not theirs.dense:
         why = "not --dense"

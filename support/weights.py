@@ -25,8 +25,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def fetch_gpt2(name):
     """Path of GPT-2's weights in torch.hub's cache, downloaded on the first call."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{name}.safetensors")
-    advice = (f"Download it elsewhere and pass its path instead of '{name}', or put it at {path}; "
-              "offline: python train.py --init scratch --data stdlib")
+    advice = (f"Download it elsewhere and pass its path instead of '{name}' (a folder here: ./{name}), or put it at "
+              f"{path}; offline: python train.py --init scratch --data stdlib")
     return fetch(GPT2_URL.format(name), path, advice, GPT2_SHA256[name])
 
 
@@ -82,7 +82,7 @@ def read_safetensors(path):
                     raise ValueError(f"{name} has the unsupported type {entry['dtype']}")
                 begin, end = entry["data_offsets"]
                 file.seek(8 + length + begin)
-                raw = bytearray(file.read(end - begin))    # a copy: the file's offsets are not aligned
+                raw = bytearray(file.read(end - begin))    # a copy that may be written to
                 tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 

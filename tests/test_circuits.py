@@ -180,7 +180,7 @@ def test_the_sentences_fit_the_model_that_reads_less(tmp_path, monkeypatch, caps
 
 def test_the_same_command_gives_the_same_scores(tmp_path, monkeypatch, capsys, one_thread):
     dense, sparse = toys(tmp_path)
-    for picture in ("draw_heads", "draw_edges", "draw_circuits"):    # seconds, and not looked at here
+    for picture in ("draw_head_effects", "draw_edges", "draw_circuits"):    # seconds, and not looked at here
         monkeypatch.setattr(circuits, picture, lambda *_: None)
     contents = []
     for n in range(2):
@@ -221,7 +221,7 @@ def test_a_users_mistake_gets_three_lines_and_exit_code_2(tmp_path, monkeypatch,
         ((dense, sparse, "sorting"), "invalid choice: 'sorting'"),
         ((dense, sparse, "copy", "--pairs", "0"), "argument --pairs: 0 is not between 1 and"),
         ((dense, sparse, "copy", "--out", ROOT / "model.py" / "x"), "cannot write to"),
-        ((dense, sparse, "copy", "--device", "mps"), "this machine has no mps\npass --device cpu"),
+        ((dense, sparse, "copy", "--device", "mps"), "PyTorch finds no mps here\npass --device cpu"),
     ]
     if VOCABULARY.is_dir():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(VOCABULARY))

@@ -85,6 +85,42 @@ def test_openwebtext(server, source, name):
     check_split(*data.load_data(source, encoding), encoding)    # from the cache
 
 
+def test_a_folder_in_an_archive_is_no_text(server, cache):
+    encoding = byte_encoding()
+    outer = io.BytesIO()
+    with tarfile.open(fileobj=outer, mode="w") as tar:
+        folder = tarfile.TarInfo("texts.txt")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for n, text in enumerate(TEXTS):
+            member = tarfile.TarInfo(f"texts.txt/{n}.txt")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    (server / "urlsf_subset00.tar").write_bytes(outer.getvalue())
+    check_split(*data.load_data("openwebtext", encoding), encoding)
+
+
+def test_integers_that_are_too_wide_are_told(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 200, 4000)
+    (tmp_path / "wide.bin").write_bytes(tokens.astype(np.int64).tobytes())
+    with pytest.raises(UserError, match="every other token is 0: .*\nwrite them as uint16"):
+        data.load_data(str(tmp_path / "wide.bin"), byte_encoding())
+    (tmp_path / "text.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is no text\nexpected a .txt, a folder"):
+        data.load_data(str(tmp_path / "text.parquet"), byte_encoding())
+
+
+def test_two_runs_may_make_the_same_files_at_once(tmp_path):
+    """The one that is later takes those of the other, and leaves nothing of its own."""
+    def documents():
+        yield from TEXTS
+        data.tokenise(iter(TEXTS), byte_encoding(), tmp_path / "made")
+
+    data.tokenise(documents(), byte_encoding(), tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {f"{split}.bin" for split in data.SPLITS}
+
+
 def test_a_known_hash_is_checked(server, cache):
     (server / "urlsf_subset03.tar").write_bytes(b"some bytes")
     url, path, sha256 = data.OPENWEBTEXT.format(3), cache / "bytes", hashlib.sha256(b"some bytes").hexdigest()

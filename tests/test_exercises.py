@@ -70,6 +70,10 @@ def test_the_tour_walks_through_a_trained_toy(tmp_path, monkeypatch, capsys):
     q, k, v = model.h[0].attn.heads(model.h[0].ln_1(model.embed(idx)))
     y, expected, active = gates.sparse_attention(q, k, v, 0.0)
     assert "36 + 28 = 64, three digits backwards: 460" in printed and "above tau, 0.004 nats" in printed
+    drawn = [line.split()[2:] for line in printed.splitlines() if line.startswith("    draw ")]
+    agree = sum(len(set(of_key)) == 1 for of_key in zip(*drawn, strict=True))
+    assert len(drawn) == 3 and f"The draws agree at {agree} of 8 keys" in printed
+    assert [line.split()[0] for line in printed.splitlines() if re.match(r" +\d+ +\d\.", line)] == ["250", "500"]
     begins = ", ".join(f"{x:.3f}" for x in y[0, 0, 7, :3])
     assert f"from these weights y begins {begins}; gates.py says {begins}" in printed
     assert f"{active.item():.1%} are open; expected were {expected.item():.1%}" in printed

@@ -741,7 +741,7 @@ def test_a_run_of_another_machine_goes_on_where_it_is_told(tiny, finished, tmp_p
     (tmp_path / "run" / "args.json").write_text(json.dumps(args | {"device": "cuda"}))
     with pytest.raises(SystemExit) as stop:
         here(tiny, "--resume", tmp_path / "run")
-    assert stop.value.code == 2 and "no cuda\npass --device cpu" in capsys.readouterr().err
+    assert stop.value.code == 2 and "finds no cuda here\npass --device cpu" in capsys.readouterr().err
     here(tiny, "--resume", tmp_path / "run", "--device", "cpu")
     assert json.loads((tmp_path / "run" / "args.json").read_text())["device"] == "cpu"
 

@@ -6,9 +6,9 @@ A small GPT reads the same number of tokens in both arms, with the same peak rat
 steps without gates and 3,000 with, or 1 without and 4,999 with. (The first arm has two warm-ups and two cosines.) All
 gates start open: with b = 8 one draw in 3,000 is shut. b stays, and q and k have no rate of their own: AdamW moves b at
 full speed however small its gradient is, and would shut nearly all gates in 100 steps, before attention is learned.
-Lambda looks at training text: how much harder its held-out text is than the validation text is measured before the
-gates come, in the second arm after one step, when it means nothing. Its rate is a quarter
-of the default: with 0.2 it swung by a factor of 20 within 200 steps in a trial. Compared at equal CE.
+Lambda looks at training text. The default, held-out text, needs a correction that is measured just before the gates
+come: in the second arm that is after one step, when it means nothing. Lambda's rate is a quarter of the default: with
+0.2 it swung by a factor of 20 within 200 steps in a trial. Compared at equal CE.
 """
 import argparse
 import os
