@@ -268,7 +268,7 @@ def run(args, load, encoding_of, prepare):
 
 def untouched(model, data, place, args):
     """The content of base.json: the untouched model's validation CE and active share; tau, by default that CE; shift,
-    its CE on the constraint's split less that CE; block_size and edges_per_token."""
+    its CE on the constraint's split minus that CE; block_size and edges_per_token."""
     path, (_, val_tokens, constraint_tokens) = os.path.join(args.out, "base.json"), data
     if os.path.exists(path):
         return read_json(path)

@@ -60,14 +60,15 @@ def test_a_score_has_a_gradient_through_its_gate_and_through_the_softmax(answer)
     soft = torch.sigmoid(scores + 0.2)
     bits = (scores + 0.2 > 0) + soft - soft.detach()    # a bit with the gradient of its probability
     for what, ours, rule in (("y", y, bits * scores.softmax(-1) @ v), ("expected", expected, soft.sum((-2, -1)) / 21)):
+        assert ours.requires_grad, f"{what} has no gradient: is something detached?"
         weight = torch.randn_like(rule)
         for x, name in ((q, "q"), (k, "k"), (v, "v")):
             found, right = (torch.autograd.grad(t, x, weight, retain_graph=True, allow_unused=True)[0]
                             for t in (ours, rule))
             if right is not None:
                 assert found is not None, f"{what} has no gradient with respect to {name}"
-                same(found, right, f"the gradient of {what} with respect to {name} comes through the gate's logit and "
-                     "through the softmax: is something detached?")
+                same(found, right, f"the gradient of {what} with respect to {name}: a score acts on y through its gate "
+                     "and the softmax, on expected through its gate alone; is something detached?")
 
 
 def test_the_future_is_never_read(answer):

@@ -28,8 +28,7 @@ class Geco:
         raise NotImplementedError
 
     def update(self, ce):
-        """One step of Cbar and lam. ce: a plain number; nan or inf raise FloatingPointError, and
-        change nothing.
+        """One step of Cbar and lam. ce: a plain number; nan or inf raise FloatingPointError and change nothing.
 
         Returns the lam that this step's objective used: the one before the update.
         """

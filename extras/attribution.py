@@ -48,7 +48,7 @@ class Frozen:
     """A run of a model on tokens (T), linear in the stream, as all else is frozen; and the nodes that write into it."""
 
     def __init__(self, model, transcoder, tokens, target=None, against=None, keep=None):
-        """target: the logit node is that of this token (default: the likeliest), less the logit of the token `against`
+        """target: the logit node is that of this token (default: the likeliest), minus that of the token `against`
         or the mean logit. keep (L,H,T,T): of mlp_sites."""
         self.model, self.transcoder = model.eval(), transcoder
         L, C, T = model.config.n_layer, model.config.n_embd, len(tokens)

@@ -96,7 +96,7 @@ def main():
     parser = argparse.ArgumentParser(usage="python -m extras.export CHECKPOINT OUT",
                                      description="A checkpoint of ours back in Hugging Face's layout.")
     parser.add_argument("checkpoint", help="of train.py, or anything else that load_model reads")
-    parser.add_argument("out", help="a folder that holds no model yet")
+    parser.add_argument("out", help="an empty folder")
     run_command(parser, run)
 
 

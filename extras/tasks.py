@@ -151,7 +151,7 @@ def copy(n, seed, vocab_size=50257, length=10):
     """
     if not 2 <= length <= vocab_size - 2:
         raise UserError(f"no {length} + 1 different tokens to copy in a vocabulary of {vocab_size}\n"
-                        "take a length from 2 to the vocabulary less 2")
+                        "take a length from 2 to the vocabulary minus 2")
     rng = np.random.default_rng(seed)
     x = torch.tensor(np.array([rng.choice(vocab_size - 1, length + 1, replace=False) for _ in range(n)]))
     first, last, other = x[:, :length - 1], x[:, length - 1:length], x[:, length:]

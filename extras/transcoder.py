@@ -222,6 +222,7 @@ def train(model, tokens, args):
         transcoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         begun, rows, idle, variance = (saved[name] for name in ("step", "rows", "idle", "variance"))
+        write_csv(os.path.join(args.out, "log.csv"), rows)    # a run that was killed may have left an older one
     for step in tqdm(range(begun, args.steps), initial=begun, total=args.steps, desc="transcoder"):
         sites = mlp_sites(model, batch(tokens, T, step * B, B, args.seed)[0].to(args.device))
         loss, active = loss_of(transcoder, sites, variance, idle > SLEEPS, args.sparsity)

@@ -111,8 +111,8 @@ def load_data(source, encoding):
     source, cache = checked_source(source), Path(torch.hub.get_dir(), "sparse-attention-data")
     if source.endswith(".bin"):
         tokens = read_tokens(source, encoding)
-        if tokens.dtype == np.uint16 and tokens[:2000:2].any() and not tokens[1:2000:2].any():
-            raise UserError(f"in {source} every other token is 0: are its integers wider?\nwrite them as uint16")
+        if tokens[:2000:2].any() and not tokens[1:2000:2].any():
+            raise UserError(f"in {source} every other token is 0: are its integers wider?\nwrite {tokens.dtype}")
         if tokens.max() >= encoding.n_vocab:
             raise UserError(f"{source} holds token {tokens.max()}, outside the model's vocabulary of "
                             f"{encoding.n_vocab}\npass data that was tokenised for this model")
@@ -186,7 +186,8 @@ def tokenise(documents, encoding, folder):
     """Write a file for each split into the folder, all at once or not at all. A document's checksum says where it goes,
     so that a text that comes twice cannot be in two of them."""
     temporary, counts = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp"), [0, 0, 0]
-    temporary.mkdir(parents=True)
+    with explained(f"cannot write to {folder.parent}", "set TORCH_HOME to a folder that can be written", OSError):
+        temporary.mkdir(parents=True)
     try:
         with ExitStack() as stack:
             files = [stack.enter_context(open(temporary / f"{split}.bin", "wb")) for split in SPLITS]

@@ -18,8 +18,8 @@ COUNT, RATE = between(int, 1, 10**9), between(float, 1e-9, 1.0)
 OPTIONS = (    # name, type (or choices), default, help
     ("tau", between(float, 1e-6, 100.0), None, "target of validation CE, nats a token; default: the untouched model's"),
     ("init", str, "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path, a checkpoint of ours, or scratch"),
-    ("data", str, "openwebtext", "openwebtext[-N], stdlib, or a path: a .txt, a folder of them, a .bin of uint16"),
-    ("out", str, None, "folder of the run; default: runs/NAME after --init, with --dense runs/NAME-dense"),
+    ("data", str, "openwebtext", "openwebtext[-N], stdlib, or a path: a .txt, a folder of them, a .bin of tokens"),
+    ("out", str, None, "folder of the run; default: runs/ and the name of --init, with --dense also -dense"),
     ("resume", str, None, "go on with the run in this folder, with its own options"),
     ("report", str, None, "only draw and print the report of the run in this folder"),
     ("control", str, None, "with --report: folder of a --dense run, for its table"),

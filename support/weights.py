@@ -25,8 +25,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def fetch_gpt2(name):
     """Path of GPT-2's weights in torch.hub's cache, downloaded on the first call."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{name}.safetensors")
-    advice = (f"Download it elsewhere and pass its path instead of '{name}' (a folder here: ./{name}), or put it at "
-              f"{path}; offline: python train.py --init scratch --data stdlib")
+    advice = (f"Download it elsewhere and pass its path instead of '{name}' (if that is a folder here: ./{name}), "
+              f"or put it at {path}; offline: python train.py --init scratch --data stdlib")
     return fetch(GPT2_URL.format(name), path, advice, GPT2_SHA256[name])
 
 

@@ -103,7 +103,7 @@ def test_a_folder_in_an_archive_is_no_text(server, cache):
 def test_integers_that_are_too_wide_are_told(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 200, 4000)
     (tmp_path / "wide.bin").write_bytes(tokens.astype(np.int64).tobytes())
-    with pytest.raises(UserError, match="every other token is 0: .*\nwrite them as uint16"):
+    with pytest.raises(UserError, match="every other token is 0: .*\nwrite uint16"):
         data.load_data(str(tmp_path / "wide.bin"), byte_encoding())
     (tmp_path / "text.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is no text\nexpected a .txt, a folder"):

@@ -147,7 +147,7 @@ def test_kept_heads_by_hand(b):
         assert torch.equal(some, every[:, [0, 2, 5]])
 
 
-def test_all_heads_explain_everything_where_the_last_token_is_shared():
+def test_all_heads_restore_everything_where_the_last_token_is_shared():
     model, (clean, corrupt, _) = tiny(), some_pairs()
     m = P.metric_of_restored_heads(model, clean, corrupt, lambda logits: logits[:, -1, 4], torch.randperm(6))
     curve = P.share_of_effect(m, model(clean).logits[:, -1, 4])

@@ -409,8 +409,8 @@ def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path, monkeypatch):
 
 
 def test_two_ranks_follow_one_process(tiny, every_step):
-    """With one micro-batch each, and with two, after which alone they exchange gradients. The held-out windows that
-    lambda looks at are as many only with one."""
+    """With one micro-batch each, and with two, after which alone they exchange gradients. Only with one does lambda
+    look at as many held-out windows."""
     short = *OPEN, "--eval-every", "1", "--tau", "4", "--rate", "0.02"
     for folder, *more in (("two", "--batch-size", "4"),
                           ("micro", "--batch-size", "2", "--grad-accum", "2", "--constraint", "sampled")):
