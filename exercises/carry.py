@@ -10,7 +10,7 @@ position but one. `toy_addition.addition_data()` gives all sums, `toy_addition.s
 every (layer, head, key), compare how often the edge by which the tens slot reads that key is open with a carry and
 without. Pick the edge on one set of sums, and report it on another: why?
 
-Then train one (`python toy_addition.py`, 2 to 6 minutes), load runs/addition/sparse.pt with
+Then train one (`python toy_addition.py`, 2 to 8 minutes), load runs/addition/sparse.pt with
 `model.GPT.from_pretrained`, and look whether the edge that you find is the one in the picture. (About one run in 20 has
 no such edge.)
 """
