@@ -50,7 +50,8 @@ def test_the_model_is_left_as_it_was(answer, model):
     assert torch.equal(model(corrupt).logits, before), "a hook is left: handle.remove()"
     assert [dict(of_layer) for of_layer in others] == hooks, \
         "remove each of your hooks, also one that only looks, and nobody else's"
-    for wrong in ((clean, corrupt[:3]), (clean + 99, corrupt)):    # z of 4 sentences for 3; tokens that are none
-        with pytest.raises(Exception):
+    for errors, *wrong in (((RuntimeError, ValueError), clean, corrupt[:3]),    # the z of 4 sentences for 3
+                           (IndexError, clean + 99, corrupt)):                  # tokens that are none
+        with pytest.raises(errors):
             answer.patch_head(model, *wrong, 0, 1)
         assert [dict(of_layer) for of_layer in others] == hooks, "a hook is left after an error: try ... finally"

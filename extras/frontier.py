@@ -29,15 +29,12 @@ def outcome(run, controls):
 
 def control_ce(args, controls, base):
     """That of the first control of this run; None without controls."""
-    refused = None
     for control in controls:
         try:
             return control_row(args, control, base)["val_ce"]
-        except UserError as error:
-            refused = error
-    if refused:
-        raise refused
-    return None
+        except UserError:
+            if control == controls[-1]:
+                raise
 
 
 def compare(args):

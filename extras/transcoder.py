@@ -32,11 +32,11 @@ from tqdm import tqdm
 from extras.llama import load_model
 from extras.tokenizer import encoding_of
 from support.data import batch, checked_source, load_data, spread
-from support.files import (UserError, absolute, between, explained, make_folder, read_json, replacing, run_command,
-                           write_csv, write_json)
+from support.files import (UserError, absolute, between, explained, make_folder, read_json, run_command, write_csv,
+                           write_json)
 from support.losses import cross_entropy
 from support.place import pick_device
-from support.weights import BAD_PICKLE, GPT2_SHA256
+from support.weights import BAD_PICKLE, GPT2_SHA256, save
 from toy_addition import ALPHABET, addition_data, split
 
 SLEEPS = 100       # steps without being active after which a feature is helped
@@ -237,11 +237,8 @@ def train(model, tokens, args):
         idle = torch.where(active, 0.0, idle + 1)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             rows.append({"step": step + 1, "loss": loss.item(), "asleep": (idle > SLEEPS).float().mean().item()})
-            with explained(f"cannot write {path}", "make room, or pass another --out", OSError, RuntimeError), \
-                    replacing(path) as temporary:
-                torch.save({"model": transcoder.state_dict(), "options": transcoder.options, "of": of, "step": step + 1,
-                            "optimizer": optimizer.state_dict(), "rows": rows, "idle": idle, "variance": variance},
-                           temporary)
+            save({"model": transcoder.state_dict(), "options": transcoder.options, "of": of, "step": step + 1,
+                  "optimizer": optimizer.state_dict(), "rows": rows, "idle": idle, "variance": variance}, path)
             write_csv(os.path.join(args.out, "log.csv"), rows)    # last: it follows from last.pt
     return transcoder
 

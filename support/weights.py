@@ -152,7 +152,12 @@ def save_checkpoint(model, path, **extra):
     extra: tensors and plain values only, so that `torch.load(path, weights_only=True)` reads it.
     """
     config = dataclasses.asdict(model.config)
+    save({**model.notes, **extra, "config": config, "model": model.state_dict()}, path)
+
+
+def save(content, path):
+    """torch.save, all at once or not at all."""
     failures = OSError, RuntimeError    # RuntimeError: PyTorch, on a full disk
     with (explained(f"cannot write {path}", "make room on this disk, or write elsewhere", *failures),
           replacing(path) as temporary):
-        torch.save({**model.notes, **extra, "config": config, "model": model.state_dict()}, temporary)
+        torch.save(content, temporary)

@@ -34,7 +34,7 @@ def test_patching_on_a_small_model(monkeypatch, capsys):
     monkeypatch.setattr(bench, "GPTConfig", lambda: config)
     monkeypatch.setattr("sys.argv", ["bench", "--patching", "--device", "cpu"])
     bench.main()
-    assert re.search(r": forward [\d.e-]+ s \(1.00x\), .*, head_scores [\d.e-]+ s \([\d.e+]+x\), edge_scores [\d.e-]+ ",
+    assert re.search(r": forward [\d.]+ s \(1.00x\), .*, head_scores [\d.]+ s \([\d.]+x\), edge_scores [\d.]+ s",
                      capsys.readouterr().out)
 
 
@@ -62,7 +62,7 @@ def test_the_definition_needs_the_memory_of_its_matrices(monkeypatch):
     thread: the libraries keep some memory for each."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plain, ours = (bench.in_own_process(name, 512, "cpu") / 2**20 for name in ("plain", "ours"))
-    assert plain > 3 * 96 and ours < plain / 3
+    assert plain > 3 * 96 and ours < 96
 
 
 def test_bad_input_is_told_in_a_line(monkeypatch, capsys):

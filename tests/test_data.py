@@ -49,6 +49,7 @@ def tar_of(files, mode="w"):
     with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name, content in files:
             entry = tarfile.TarInfo(name)
+            entry.type = tarfile.REGTYPE if content else tarfile.DIRTYPE
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
@@ -87,16 +88,8 @@ def test_openwebtext(server, source, name):
 
 def test_a_folder_in_an_archive_is_no_text(server, cache):
     encoding = byte_encoding()
-    outer = io.BytesIO()
-    with tarfile.open(fileobj=outer, mode="w") as tar:
-        folder = tarfile.TarInfo("texts.txt")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for n, text in enumerate(TEXTS):
-            member = tarfile.TarInfo(f"texts.txt/{n}.txt")
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
-    (server / "urlsf_subset00.tar").write_bytes(outer.getvalue())
+    files = [(f"texts.txt/{n}.txt", text.encode()) for n, text in enumerate(TEXTS)]
+    (server / "urlsf_subset00.tar").write_bytes(tar_of([("texts.txt", b""), *files]))
     check_split(*data.load_data("openwebtext", encoding), encoding)
 
 

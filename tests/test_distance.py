@@ -108,6 +108,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
                  "--data", str(tmp_path / "text.txt"), "--windows", "8", "--out", str(tmp_path / "out"), "--device",
                  "cpu"]
     monkeypatch.setattr("sys.argv", arguments)
+    assert distance.IDLE == 0.01
     monkeypatch.setattr(distance, "IDLE", 0.08)    # of the 16 edges of a last row about half
     distance.main()
     found = json.loads((tmp_path / "out" / "distance.json").read_text())

@@ -195,7 +195,11 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tiny, tmp_path, monkeypatch,
         command(tiny, monkeypatch, tmp_path / "parts", *one)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     command(tiny, monkeypatch, tmp_path / "parts", *one)
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("file write failed\nC++ trace")))
+
+    def full(*_):
+        raise RuntimeError("file write failed\nC++ trace")
+
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as stopped:
         command(tiny, monkeypatch, tmp_path / "full", *one)
     told = capsys.readouterr().err.partition("error: ")[2]
