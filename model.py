@@ -47,8 +47,8 @@ def allowed_edges(config):
 class Output(NamedTuple):
     logits: torch.Tensor            # (B,T,V)
     loss: Optional[torch.Tensor]    # cross-entropy in nats per counted token, None without targets
-    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, differentiable; 1 without gates
-    active_edges: torch.Tensor      # (L,H) open gates in this pass / allowed edges; 1 without gates
+    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, mean over B, differentiable; else 1
+    active_edges: torch.Tensor      # (L,H) open gates in this pass / allowed edges, mean over B; 1 without gates
 
 
 class SelfAttention(nn.Module):
@@ -161,7 +161,8 @@ class GPT(nn.Module):
         """
         config = self.config
         config.gated = gated
-        config.gate_bias = config.gate_bias if gate_bias is None else gate_bias
+        if gate_bias is not None:
+            config.gate_bias = gate_bias
         for block in self.h:
             if not gated:
                 block.attn.gate_bias = None
@@ -186,8 +187,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B,T) tokens; targets (B,T) next tokens, -1 where a position does not count -> Output."""
         x, expected, active = self.embed(idx), [], []                # (B,T,C)
+        again = self.recompute and self.training
         for block in self.h:
-            again = self.recompute and self.training
             x, e, a = checkpoint(block, x, use_reentrant=False) if again else block(x)
             expected.append(e)
             active.append(a)

@@ -5,13 +5,15 @@ A task gives pairs of sentences and a metric m, which is high where the model an
     clean    After Anna and Paul came to the park, Paul passed the key to    m = logit(Anna) - logit(Paul), about 3
     corrupt  After Lucy and Mark came to the park, Jane passed the key to    the same m, about 0
 
-Direction: the model runs on the corrupted sentence, and clean outputs are patched in (denoising).
+Direction: the model runs on the corrupted sentence, and clean outputs are patched in (denoising). Only EE goes the
+other way, and kept_circuit starts from the clean embedding.
 Sign: a head score above 0 moves m towards the clean run, an edge score above 0 raises m. All patches act at all
 positions. Gates are hard.
 
     head score             (m(patched) - m(corrupt)) / (m(clean) - m(corrupt)), one head patched       (6)
     restored effect RE(k)   the same with the k heads patched that a ranking puts first, a ratio of means   (7)
-    explained effect EE(k)  the same share in the clean run, with all heads but these k as in the corrupted one
+    explained effect EE(k)  the same in the clean run, with all heads but these k as in the corrupted one;
+                            m of k = 0 in place of m(corrupt)
     edge score s(u,w)       sum over positions of (out_u(clean) - out_u(corrupt)) . dm/d(in_w)          (8)
     cumulative share C(n)   sum of the n largest |s(u,w)| / sum of all                                  (9)
 
@@ -185,7 +187,8 @@ def metric_of_restored_heads(model, clean, corrupt, metric, order, counts=None):
 @torch.no_grad()
 def metric_of_kept_heads(model, clean, corrupt, metric, order, counts=None):
     """(N,K): the other direction, the metric on the clean run with only the first k heads of `order` kept: the z of all
-    others comes from the corrupted run. k = 0 is what embedding and MLPs do, k = L*H is m(clean)."""
+    others comes from the corrupted run. k = L*H is m(clean). k = 0 is m(corrupt) where both sentences share the tokens
+    at which m is read: only heads move anything between positions."""
     rank = rank_of(order, model.config)
     return effects(model, corrupt, clean, metric, [rank >= k for k in counts or range(order.shape[-1] + 1)])[0]
 
@@ -196,7 +199,7 @@ def rank_of(order, config):
 
 
 def share_of_effect(m, m_clean):
-    """RE or EE (7) from what was measured: m (N,K), column 0 without any head; m_clean (N) -> (K). Equal sentences: 0.
+    """RE (7) or EE from what was measured: m (N,K), column 0 without any head; m_clean (N) -> (K). Equal sentences: 0.
     RE(L*H) is 1 only where both sentences share the tokens at which m is read: embeddings are not patched."""
     m = m.mean(0)
     effect = m_clean.mean() - m[0]

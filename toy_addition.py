@@ -57,7 +57,8 @@ def split():
 
 def toy_config(layout="reversed", **fields):
     """A small GPT. 2 layers: a carry must be computed before another slot can fetch it. 1 head: it reads the mean of
-    two digits. Of two heads each looks up only some of the digits 0 to 9, and both keep their gates open."""
+    two digits, which gives their sum. Of two heads each reads only some of the ten digits, and a gate does not see the
+    other digit that is added, so both heads keep their gates open."""
     return GPTConfig(block_size=6 + SLOTS[layout], vocab_size=len(ALPHABET), n_layer=2, n_head=1, n_embd=64,
                      causal=layout == "reversed", **fields)
 
@@ -148,8 +149,8 @@ def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
     (what the constraint saw), lam (used in this step), c_bar, expected (edges per sum); at every 250th and the last
     also what `evaluate` finds on all of idx. watch(model) gets the averaged model then.
     """
-    order, look = (torch.Generator().manual_seed(n) for n in (seed, seed + 2**32))    # which sums: to train, to see
-    torch.manual_seed(seed)                                                           # gates
+    order, look = (torch.Generator().manual_seed(seed) for _ in range(2))    # which sums: to train, to look at
+    torch.manual_seed(seed)                                                  # gates
     optimizer, averaged, history = adamw(model, 3.0), averaging(model), []
     edges, bar = allowed_edges(model.config), tqdm(range(1, steps + 1), desc="sparse", mininterval=0.5)
     fewest, kept = math.inf, averaged.module
@@ -179,7 +180,7 @@ def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
 
 
 def toy_geco(tau, rate=0.1):
-    """For both layouts; the numbers are those of 90 edges. rate: how fast lam answers CE / tau.
+    """For both layouts; the numbers below hold for the reversed one, with 90 edges. rate: how fast lam answers CE / tau.
 
     lam = 1       an edge costs 1/90 nat per digit
     lam < 0.04    closing all edges and guessing is cheaper

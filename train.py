@@ -101,7 +101,7 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
 
 @torch.no_grad()
 def optimizer_step(optimizer, lr, scores, score_lr):
-    """A step, each group at lr times its own rate; the weights `scores`, those of q and k, move score_lr times as far.
+    """A step, each group at lr by its own factor `times`; the weights `scores`, those of q and k, move score_lr times as far.
 
     q and k are two thirds of the rows of GPT-2's c_attn, and AdamW has one rate for a tensor. But its step is
     proportional to its rate, weight decay included: so this is AdamW with another rate for these rows.
@@ -123,7 +123,7 @@ def twin(model):
 
 @torch.no_grad()
 def average(averaged, model, step):
-    """Move the trained weights of `averaged` towards model's: the mean of all steps, later of about the last 100."""
+    """Update the mean of the trained weights: over all steps so far, later over about the last 100."""
     for mean, new in zip(averaged.parameters(), model.parameters()):
         if new.requires_grad:
             mean.lerp_(new, max(0.01, 1 / (step + 1)))
@@ -218,11 +218,13 @@ def run(args, load, encoding_of, prepare):
             config = GPTConfig(args.block_size, encoding.n_vocab, args.layers, args.heads, args.width)
             model = GPT(config, generator=torch.Generator().manual_seed(args.seed))
         else:
-            model = load(args.init, **{"block_size": args.block_size} if args.block_size else {})
+            shorter = {"block_size": args.block_size} if args.block_size else {}
+            model = load(args.init, **shorter)
             encoding = encoding_of(model)
         prepare(model, args)
         data = load_data(args.data, encoding)
-    model.to(place.device).recompute = args.recompute
+    model.to(place.device)
+    model.recompute = args.recompute
     T, edges = model.config.block_size, allowed_edges(model.config)
     tokens_per_step = T * args.batch_size * args.grad_accum * place.size
     if min(len(tokens) for tokens in data) <= T:
@@ -232,8 +234,7 @@ def run(args, load, encoding_of, prepare):
     steps = args.steps + (args.dense_steps or 0)
     passes = steps * tokens_per_step / len(data[0])
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {edges:,} allowed edges per sequence of {T}\n"
-        f"{place.size} x {place.device}, {args.dtype}, seed {args.seed}, "
-        f"output in {args.out}\n"
+        f"{place.size} x {place.device}, {args.dtype}, seed {args.seed}, output in {args.out}\n"
         f"{len(data[0]):,} training, {len(data[1]):,} validation and {len(data[2]):,} constraint tokens\n"
         f"{tokens_per_step:,} tokens per step, {steps:,} steps see every training token {passes:.1f} times")
     if model.config.gated:
@@ -281,7 +282,7 @@ def untouched(model, data, place, args):
     T = model.config.block_size
     base = {"ce": ce, "active": active, "tau": None if args.dense else args.tau or ce, "shift": constraint_ce - ce,
             "block_size": T, "edges_per_token": allowed_edges(model.config) / T}
-    if place.rank == 0:    # the others looked for it before: in place.mean all wait for all
+    if place.rank == 0:    # no rank finds it too early: each has looked before place.mean, where all wait for all
         write_json(path, base)
     return base
 

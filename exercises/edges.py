@@ -4,7 +4,7 @@ Training penalises the expected number of open gates, not the number that is ope
 over all edges that the causal mask allows. As a share of those edges it means the same in every model.
 
 First by hand: three positions, one head, q = k = 0, bias b = 0. How many edges are allowed? What is the expected share?
-Then b = log 3? Then give the edge by which the first query would read the second key s = 5: what changes?
+What is the share with b = log 3? Now the score of one edge is s = 5, first query and second key: what changes?
 """
 
 

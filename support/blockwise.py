@@ -5,7 +5,7 @@ may read, and computes each block once more in the backward pass. What is kept i
 the output, and one random word for every query and key. tests/test_gates.py checks it against the definition.
 
 Shapes: B batch, H heads, T positions, D head size; N = B H; in a block G of the N heads, K keys, R queries. A block's
-matrices are (G,K,R), keys before queries: short queries times many keys is twice as fast in this order on a CPU.
+matrices are (G,K,R), keys before queries: on a CPU many keys times few queries is twice as fast in this order.
 """
 import math
 
@@ -38,8 +38,8 @@ def edge_noise(key_words, row_words, product, u):
     """A uniform draw u (G,K,R) from (0, 1) for every edge, written to u: the words' product mod 2^32, scaled.
 
     key_words (G,K,1), row_words (G,1,R), product (G,K,R): int32. So 2 T words make T^2 draws, and the same ones in
-    both passes, in a third of the time of torch.rand on a CPU. Draws in a row or a column are independent. In a
-    2 x 2 of edges three draws fix the fourth; no statistic in the tests can see it.
+    both passes, in a third of the time of torch.rand on a CPU. Draws in a row or a column are independent. Where two
+    rows meet two columns three draws fix the fourth; no statistic in the tests can see it.
     """
     torch.mul(key_words, row_words, out=product)    # int32: modulo 2^32
     return torch.sub(u.new_full((), 0.5), u.copy_(product), alpha=SCALE, out=u)

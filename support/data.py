@@ -3,9 +3,9 @@
     train, val, constraint = load_data("openwebtext", gpt2_encoding())    # arrays of tokens; the cache keeps them
     idx, targets = batch(train, T=1024, first=0, count=16, seed=0)
 
-A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, each goes to one of three
-splits as a whole, and lies there as its tokens followed by <|endoftext|>, all in one file per split. (A .bin of tokens
-is cut in two places, each moved to the next end of a document.) train is what the weights learn, constraint is what
+A source is a name (openwebtext, openwebtext-7, stdlib) or a path. Text is cut into documents, and each goes as a whole
+to one of three splits. A split is one file: its documents' tokens, with <|endoftext|> after each. (A .bin of tokens is
+cut in two places, each moved to the next end of a document.) train is what the weights learn, constraint is what
 lambda looks at, and val is looked at by neither: it is for the report.
 """
 import ast
@@ -117,7 +117,8 @@ def load_data(source, encoding):
             raise UserError(f"{source} holds token {tokens.max()}, outside the model's vocabulary of "
                             f"{encoding.n_vocab}\npass data that was tokenised for this model")
         cuts = []
-        for cut in (len(tokens) * (HELD_OUT - n) // HELD_OUT for n in (2, 1)):
+        for n in (2, 1):
+            cut = len(tokens) * (HELD_OUT - n) // HELD_OUT
             ends = np.flatnonzero(tokens[max(cut - 1, 0):-1] == encoding.eot_token)
             cuts.append(cut + (ends[0] if len(ends) else 0))    # on to the end of the document, if one ends there
         return tuple(np.split(tokens, cuts))

@@ -29,7 +29,7 @@ def draw_weights(ax, weights, causal, boxed):
 def draw_attention(rows, causal, title, path, size=2.9):
     """Attention maps side by side (Figures 1 and 2b). size: inches of a map.
 
-    rows: (label, panels) each, and panels (title, weights (T,T) of query times key, queries, keys, boxed) each:
+    rows: (label, panels) each, and panels (title, weights (T,T), a row a query, queries, keys, boxed) each:
     queries and keys are the T labels of the axes, boxed draws a frame around every edge that is not 0.
     """
     columns = len(rows[0][1])

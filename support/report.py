@@ -1,4 +1,4 @@
-"""The report of a run of train.py, from the files in its folder: a table, summary.json, three pictures (Figure 2)."""
+"""The report of a run of train.py, from its folder and its --init: a table, summary.json, three pictures (Figure 2)."""
 import os
 
 import numpy as np
@@ -11,7 +11,8 @@ from support.options import defaults
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 SHORT_PROMPT = "Return a list of the values"    # where every byte is a token
-# A control must agree with us in SHARED, and in the options that another loader adds: all that are not in OURS.
+# A control must have our value of every option in SHARED, and of every option that another program adds: all names
+# that are not in OURS.
 SHARED = ("data", "steps", "seed", "batch_size", "grad_accum", "processes", "eval_windows", "lr", "warmup",
           "weight_decay", "dtype")
 OURS = {"processes", *defaults()}
@@ -41,7 +42,7 @@ def control_row(args, control, base):
 
 def report(out, control, load, encoding_of):
     """Print the table of the run in `out`, draw its pictures (of a --dense run none) and write summary.json, the last
-    file: if it is there, the report is whole.
+    file: with it a first report is whole.
 
     control: None, or the folder of a --dense run. load, encoding_of: see train.main. Without a best.pt attention.png
     shows last.pt, which after Ctrl-C is some steps ahead of the last row.
@@ -58,8 +59,9 @@ def report(out, control, load, encoding_of):
         return
     best, enough = best_row(rows, base.tau), share_at(rows, base.ce)
     found = best or rows[-1]
-    control_ce = control_row(args, control, base)["val_ce"] if control else None
+    control_ce = None
     if control:
+        control_ce = control_row(args, control, base)["val_ce"]
         lines.append(("dense control", control_ce, 1.0))
     lines.append(("sparse", found["val_ce"], found["active"]))
     print_table(lines, base)

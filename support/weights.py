@@ -120,11 +120,12 @@ def from_gpt2_layout(tensors, hf, path, n_head=None):
 
 def make_config(Config, fields, overrides, path):
     """The config of a model with these fields, of which overrides replace some. Positions can only get fewer."""
-    unknown = {**fields, **overrides}.keys() - Config.__dataclass_fields__.keys()
+    wanted = fields | overrides
+    unknown = wanted.keys() - Config.__dataclass_fields__.keys()
     if unknown:
         raise UserError(f"{path}: {Config.__name__} has no field {', '.join(sorted(unknown))}\n"
                         f"it has {', '.join(Config.__dataclass_fields__)}")
-    config = Config(**{**fields, **overrides})
+    config = Config(**wanted)
     if config.block_size > fields["block_size"]:
         raise UserError(f"{path} reads at most {fields['block_size']} positions, not {config.block_size}\n"
                         "pass a smaller --block-size")

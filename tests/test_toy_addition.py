@@ -123,7 +123,7 @@ def by_hand(model, idx, targets, steps, tau, rate, decay, lam_range, history, se
     """The sparse phase written out, on plain tensors: AdamW, the averaged weights, (4) and (5). -> the rows of its
     history, and the last average. What the constraint saw is computed anew, but lam follows history's, since a last
     digit in it would flip a gate in time."""
-    order, look = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 2**32)
+    order, look = (torch.Generator().manual_seed(seed) for _ in range(2))
     torch.manual_seed(seed)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     first, second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
