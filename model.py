@@ -47,7 +47,7 @@ def allowed_edges(config):
 class Output(NamedTuple):
     logits: torch.Tensor            # (B,T,V)
     loss: Optional[torch.Tensor]    # cross-entropy in nats per counted token, None without targets
-    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, mean over B, differentiable; else 1
+    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, mean over B, with gradient; or 1
     active_edges: torch.Tensor      # (L,H) open gates in this pass / allowed edges, mean over B; 1 without gates
 
 

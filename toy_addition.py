@@ -149,7 +149,7 @@ def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
     (what the constraint saw), lam (used in this step), c_bar, expected (edges per sum); at every 250th and the last
     also what `evaluate` finds on all of idx. watch(model) gets the averaged model then.
     """
-    order, look = (torch.Generator().manual_seed(seed) for _ in range(2))    # which sums: to train, to look at
+    order, look = (torch.Generator().manual_seed(seed) for _ in range(2))    # rows to train, to look at: one stream
     torch.manual_seed(seed)                                                  # gates
     optimizer, averaged, history = adamw(model, 3.0), averaging(model), []
     edges, bar = allowed_edges(model.config), tqdm(range(1, steps + 1), desc="sparse", mininterval=0.5)
@@ -180,7 +180,7 @@ def train_sparse(model, idx, targets, steps, geco, seed=0, watch=None):
 
 
 def toy_geco(tau, rate=0.1):
-    """For both layouts; the numbers below hold for the reversed one, with 90 edges. rate: how fast lam answers CE / tau.
+    """For both layouts; the numbers hold for the reversed one, of 90 edges. rate: how fast lam answers CE / tau.
 
     lam = 1       an edge costs 1/90 nat per digit
     lam < 0.04    closing all edges and guessing is cheaper

@@ -101,7 +101,7 @@ def add_gradient(forward, tokens, T, step, place, args, geco, teacher):
 
 @torch.no_grad()
 def optimizer_step(optimizer, lr, scores, score_lr):
-    """A step, each group at lr by its own factor `times`; the weights `scores`, those of q and k, move score_lr times as far.
+    """A step, each group at lr by its factor `times`; `scores`, the weights of q and k, move score_lr times as far.
 
     q and k are two thirds of the rows of GPT-2's c_attn, and AdamW has one rate for a tensor. But its step is
     proportional to its rate, weight decay included: so this is AdamW with another rate for these rows.

@@ -6,8 +6,8 @@ A small GPT reads windows of 128 bytes, a third of each kind: docstrings; copies
 characters repeat to the end of the window, so that the nearest copy is an edge of length n - 1; and tosses of a coin
 whose bias is drawn anew for every window, so the mean of all tosses before predicts the next one. After dense training
 a copy of the model gets gates and trains on, for each of three taus. Printed for each: CE, edges, CE of docstrings and
-of tosses (best: that of the guess (heads + 1) / (tosses + 2), plus 0.01, because the last answer is the first token of
-the next window), share of characters of the second copy that are right, and, in windows with n = 32, the share of the
+of tosses (best: that of the guess (heads + 1) / (tosses + 2), to which the last answer, the first token of the next
+window, adds 0.01), share of characters of the second copy that are right, and, in windows with n = 32, the share of the
 allowed edges that are open, by distance. far.png shows what is lost.
 """
 import argparse
