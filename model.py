@@ -45,10 +45,11 @@ def allowed_edges(config):
 
 
 class Output(NamedTuple):
+    """What a pass returns. The shares of edges are means over the batch."""
     logits: torch.Tensor            # (B,T,V)
     loss: Optional[torch.Tensor]    # cross-entropy in nats per counted token, None without targets
-    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, mean over B, with gradient; or 1
-    active_edges: torch.Tensor      # (L,H) open gates in this pass / allowed edges, mean over B; 1 without gates
+    expected_edges: torch.Tensor    # (L,H) sum of sigmoid(g) / allowed edges, differentiable; 1 without gates
+    active_edges: torch.Tensor      # (L,H) open gates in this pass / allowed edges; 1 without gates
 
 
 class SelfAttention(nn.Module):

@@ -123,7 +123,7 @@ def twin(model):
 
 @torch.no_grad()
 def average(averaged, model, step):
-    """Update the mean of the trained weights: over all steps so far, later over about the last 100."""
+    """Update `averaged`, the mean of the trained weights: over all steps so far, later over about the last 100."""
     for mean, new in zip(averaged.parameters(), model.parameters()):
         if new.requires_grad:
             mean.lerp_(new, max(0.01, 1 / (step + 1)))
@@ -218,8 +218,7 @@ def run(args, load, encoding_of, prepare):
             config = GPTConfig(args.block_size, encoding.n_vocab, args.layers, args.heads, args.width)
             model = GPT(config, generator=torch.Generator().manual_seed(args.seed))
         else:
-            shorter = {"block_size": args.block_size} if args.block_size else {}
-            model = load(args.init, **shorter)
+            model = load(args.init, **({"block_size": args.block_size} if args.block_size else {}))
             encoding = encoding_of(model)
         prepare(model, args)
         data = load_data(args.data, encoding)
